@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from timm_emoreg.data.sets import DataError, ImageSet, Splits, Target, read_picture
+
+AB = Target('class', ('a', 'b'))
+
+
+def colour_set(count=4):
+    images = np.arange(count * 5 * 6 * 3, dtype=np.int64).astype(np.uint8).reshape(count, 5, 6, 3)
+    return ImageSet(images, torch.arange(count) % 2, AB)
+
+
+def test_ratings_map_to_plus_minus_one_and_back():
+    target = Target('ratings', ('valence',), 1, 7)
+    published = torch.tensor([[1.0], [4.0], [7.0], [2.5]])
+    assert target.normalise(published).flatten().tolist() == [-1, 0, 1, -0.5]
+    assert torch.equal(target.denormalise(target.normalise(published)), published)
+    assert target.affect_kind == 'ratings'
+    assert Target('votes', ('a',)).affect_kind == 'emotion'
+
+
+@pytest.mark.parametrize(('args', 'message'), [
+    (('regression', ('a',)), "'regression' is unknown"),
+    (('ratings', ('a',), 3, 3), 'must rise, got 3 to 3'),
+])
+def test_impossible_targets_are_refused(args, message):
+    with pytest.raises(ValueError, match=message):
+        Target(*args)
+
+
+def test_images_and_targets_must_fit():
+    with pytest.raises(ValueError, match='4 images but 3 targets'):
+        ImageSet(np.zeros((4, 2, 2), np.uint8), torch.zeros(3, dtype=torch.long), AB)
+    with pytest.raises(ValueError, match=r"'votes' need shape \(4, 2\), got \(4,\)"):
+        ImageSet(np.zeros((4, 2, 2), np.uint8), torch.zeros(4), Target('votes', ('a', 'b')))
+
+
+def test_arrays_and_files_give_the_same_items(tmp_path):
+    decoded = colour_set()
+    paths = [tmp_path / f'{i}.png' for i in range(4)]
+    for path, image in zip(paths, decoded.images, strict=True):
+        Image.fromarray(image).save(path)
+    files = ImageSet(paths, decoded.targets, AB)
+    for i in range(4):
+        (one, label), (other, other_label) = decoded[i], files[i]
+        assert np.array_equal(np.array(one), np.array(other))
+        assert label == other_label == i % 2
+        assert type(label) is int
+    assert torch.equal(decoded.pixels((5, 6)), files.pixels((5, 6)))
+    assert torch.equal(decoded.pixels((5, 6))[3], torch.from_numpy(decoded.images[3]).permute(2, 0, 1))
+    assert torch.equal(decoded.subset([3, 1]).pixels((8, 8)), files.subset([3, 1]).pixels((8, 8)))
+
+
+def test_transform_and_vector_targets():
+    data = ImageSet(np.full((1, 2, 2), 7, np.uint8), torch.tensor([[0.25, 0.75]]), Target('votes', ('a', 'b')))
+    data.transform = lambda image: image.getpixel((0, 0))
+    image, target = data[0]
+    assert image == (7, 7, 7)  # grey became RGB
+    assert target.tolist() == [0.25, 0.75]
+
+
+def test_unreadable_pictures_name_the_file(tmp_path):
+    with pytest.raises(DataError, match=r'gone\.png: the image is missing\. Restore'):
+        read_picture(tmp_path / 'gone.png')
+    (tmp_path / 'text.png').write_text('no image')
+    with pytest.raises(DataError, match=r'text\.png: not a readable image .* Replace it'):
+        read_picture(tmp_path / 'text.png')
+    Image.new('RGB', (40, 40)).save(tmp_path / 'cut.png')
+    whole = (tmp_path / 'cut.png').read_bytes()
+    (tmp_path / 'cut.png').write_bytes(whole[:len(whole) // 2])
+    with pytest.raises(DataError, match=r'cut\.png: not a readable image'):
+        read_picture(tmp_path / 'cut.png')
+
+
+def test_decoder_errors_of_any_type_become_data_errors(tmp_path, monkeypatch):
+    Image.new('RGB', (2, 2)).save(tmp_path / 'a.png')
+
+    def fail(*_):
+        raise RuntimeError('reformat failed')  # what damaged AVIF files raise
+
+    monkeypatch.setattr(Image.Image, 'convert', fail)
+    with pytest.raises(DataError, match=r'a\.png: not a readable image \(reformat failed\)'):
+        read_picture(tmp_path / 'a.png')
+
+
+def test_splits_summary_and_empty_part():
+    data = colour_set()
+    splits = Splits('toy', data, data.subset([0]), data.subset([1, 2]), 'free')
+    assert splits.summary() == 'toy: 4 train, 1 validation, 2 test images; class: a, b'
+    assert splits.target is AB
+    with pytest.raises(DataError, match="toy: the part 'validation' holds no image"):
+        Splits('toy', data, data.subset([]), data, 'free')

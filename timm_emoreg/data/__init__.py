@@ -1,0 +1,106 @@
+"""Stimulus sets and classification targets behind one small interface."""
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from .choices import unknown_choice
+from .folders import default_data_dir
+from .sets import DataError, ImageSet, Splits, Target
+
+__all__ = ['STIMULI', 'TARGETS', 'DataError', 'ImageSet', 'Splits', 'Target', 'default_data_dir', 'load_stimuli',
+           'load_target']
+
+# the first label of each set is its default
+STIMULI = {
+    'emoji': ('valence', 'group'),
+    'ferplus': ('majority', 'probability', 'fer2013'),
+    'oasis': ('ratings', 'category'),
+    'nemo': ('emotion', 'speaker'),
+}
+TARGETS = ('cifar10', 'cifar100', 'emoji', 'oasis')
+
+
+def _own_path(name: str, what: str, known: Sequence[str], kinds: str) -> Path:
+    path = os.path.expanduser(name)
+    if not os.path.exists(path):  # False, not an error, for the empty name and for any that no file can have
+        raise unknown_choice('', what, name, known, f'Or give the path of {kinds}; there is none of that name.')
+    return Path(path)
+
+
+def load_stimuli(name: str, data_dir: str | Path | None = None, labels: str | None = None, *,
+                 rating_columns: Sequence[str] | None = None,
+                 rating_scale: tuple[float, float] | None = None) -> Splits:
+    """The stimuli of the affective pre-training.
+
+    Args:
+        name: A key of `STIMULI`, or the path of a folder with a subfolder per emotion, or of a csv file.
+        data_dir: Folder of all data sets; None takes `default_data_dir`. Not used for 'emoji' and for paths.
+        labels: One of ``STIMULI[name]``, the first where None; there is no choice for paths.
+        rating_columns: Columns of a csv that hold the ratings; needed there, nowhere else.
+        rating_scale: Lowest and highest rating of the csv; needed there, nowhere else.
+
+    Raises:
+        DataError: If the name, the labels or an option do not fit, or the data cannot be used.
+    """
+    if name in STIMULI:
+        if labels is None:
+            labels = STIMULI[name][0]
+        elif labels not in STIMULI[name]:
+            raise unknown_choice(name, 'labels', labels, STIMULI[name])
+    else:
+        path = _own_path(name, 'stimuli', list(STIMULI), 'a folder with a subfolder per emotion, or of a csv file')
+        if labels is not None:
+            raise DataError(f'{name}: the labels {labels!r} cannot be chosen for own data, '
+                            'which has one kind of labels. Leave the choice out.')
+        if path.is_file():
+            if rating_columns is None or rating_scale is None:
+                raise DataError(f'{name}: a csv needs rating_columns, the names of its columns with ratings, '
+                                'and rating_scale, their lowest and highest number. Give both.')
+            from .own import load_csv
+            return load_csv(path, rating_columns, rating_scale)
+    if rating_columns is not None or rating_scale is not None:
+        raise DataError(f'{name}: rating_columns and rating_scale belong to a csv file. Leave them out.')
+    if name == 'emoji':
+        from .emoji import load_emoji_stimuli
+        return load_emoji_stimuli(labels=labels)
+    if name == 'ferplus':
+        from .ferplus import load_ferplus
+        return load_ferplus(data_dir, labels)
+    if name == 'oasis':
+        from .oasis import load_oasis
+        return load_oasis(data_dir, labels)
+    if name == 'nemo':
+        from .nemo import load_nemo
+        return load_nemo(data_dir, labels)
+    from .own import load_folder
+    return load_folder(path)
+
+
+def load_target(name: str, data_dir: str | Path | None = None) -> Splits:
+    """The downstream classification.
+
+    Args:
+        name: One of `TARGETS` ('emoji': Unicode's groups over emoji that are no stimuli; 'oasis': the object
+            category), or the path of a folder with a subfolder per class.
+        data_dir: Folder of all data sets; None takes `default_data_dir`. Not used for 'emoji' and for paths.
+
+    Raises:
+        DataError: If the name is unknown, or the data cannot be used.
+    """
+    if name in ('cifar10', 'cifar100'):
+        from .cifar import load_cifar
+        return load_cifar(name, data_dir)
+    if name == 'emoji':
+        from .emoji import load_emoji_objects
+        return load_emoji_objects()
+    if name == 'oasis':
+        from .oasis import load_oasis
+        return load_oasis(data_dir, 'category')
+    path = _own_path(name, 'data set', TARGETS, 'a folder with a subfolder per class')
+    if path.is_file():
+        raise DataError(f'{name}: a file is not a classification target. '
+                        'Give the path of a folder with a subfolder per class.')
+    from .own import load_folder
+    return load_folder(path)

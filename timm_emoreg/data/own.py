@@ -1,0 +1,186 @@
+"""Anyone's own pictures: a folder with a subfolder per emotion or class, or a csv of image paths and ratings."""
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from .choices import unknown_choice
+from .sets import DataError, ImageSet, Splits, Target
+from .splitting import stratified_split
+from .table import Table, read_table
+
+__all__ = ['IMAGE_SUFFIXES', 'load_csv', 'load_folder']
+
+IMAGE_SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.gif', '.tif', '.tiff', '.pgm', '.ppm')
+_PARTS = {'train': 'train', 'validation': 'validation', 'val': 'validation', 'valid': 'validation', 'test': 'test'}
+_SEED = 0
+_LICENCE = "the owner's; not known to this project"
+
+
+def _missing_parts(present: set[str]) -> int:
+    return len({'validation', 'test'} - present)
+
+
+def _complete(parts: dict[str, np.ndarray], labels: np.ndarray) -> list[np.ndarray]:
+    """Train, validation and test; a part that is missing is cut from train, the same share of each label."""
+    train, validation, test = (parts.get(name) for name in ('train', 'validation', 'test'))
+    share = 0.1
+    if test is None:
+        rest, cut = stratified_split(labels[train], share, _SEED)
+        train, test = train[rest], train[cut]
+        share = 1 / 9  # of the nine tenths that are left
+    if validation is None:
+        rest, cut = stratified_split(labels[train], share, _SEED)
+        train, validation = train[rest], train[cut]
+    return [train, validation, test]
+
+
+def _unreadable(error: OSError) -> DataError:
+    return DataError(f'{error.filename}: the folder cannot be read ({error.strerror}). Make it readable.')
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    hidden = ('.', '__')  # .git, __MACOSX and the like
+    try:
+        found = [p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(hidden)]
+    except OSError as e:
+        raise _unreadable(e) from None
+    return sorted(found, key=lambda p: p.name)
+
+
+def _images(folder: Path) -> list[Path]:
+    def fail(error: OSError):
+        raise _unreadable(error)
+
+    # links to folders are not followed: they may lead back up
+    found = [Path(root) / name for root, _, names in os.walk(folder, onerror=fail) for name in names
+             if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith('.')]
+    if not found:
+        raise DataError(f'{folder}: the class folder holds no image ({", ".join(IMAGE_SUFFIXES)}). '
+                        'Add images or remove the folder.')
+    return sorted(found)
+
+
+def _part_folders(root: Path) -> dict[str, Path]:
+    """The folder of each part; a root without parts is all train."""
+    found = _subfolders(root)
+    if 'train' not in (p.name.lower() for p in found) or any(p.name.lower() not in _PARTS for p in found):
+        return {'train': root}
+    parts: dict[str, Path] = {}
+    for folder in found:
+        part = _PARTS[folder.name.lower()]
+        if part in parts:
+            raise DataError(f'{root}: {parts[part].name!r} and {folder.name!r} both mean the part {part}. '
+                            'Merge them or remove one.')
+        parts[part] = folder
+    return parts
+
+
+def load_folder(root: str | Path) -> Splits:
+    """Pictures in one subfolder per emotion or class, whose sorted names become the classes.
+
+    ``root/<class>/...`` is split 80 / 10 / 10 %, each class alike, by a fixed seed. ``root/train/<class>/...`` with
+    ``validation`` (or ``val``, ``valid``) and ``test`` beside it is taken as it is; of these two, one that is missing
+    is cut from train, 10 % of each class. Files with other suffixes than `IMAGE_SUFFIXES` and hidden ones are
+    passed over, case does not matter, deeper folders belong to their class, linked folders below a class do not.
+
+    Returns:
+        Three `ImageSet` of paths with class targets; a damaged image raises when it is read.
+
+    Raises:
+        DataError: If the folder is missing, has less than two classes, or a class is empty, has too few images to be
+            in every part (3, or 2 where both other parts are given), or is not in train.
+    """
+    root = Path(root).expanduser()
+    if not root.is_dir():
+        raise DataError(f'{root}: there is no such folder. Correct the path.')
+    parts = _part_folders(root)
+    names = tuple(p.name for p in _subfolders(parts['train']))
+    if len(names) < 2:
+        raise DataError(f'{parts["train"]}: {len(names)} class folders, at least 2 are needed, '
+                        'one subfolder with images per class.')
+    needed = max(2, 1 + _missing_parts(set(parts)))
+    paths, labels, members = [], [], {}
+    for part, folder in parts.items():
+        start = len(paths)
+        for class_folder in _subfolders(folder):
+            if class_folder.name not in names:
+                raise unknown_choice(str(folder), 'class', class_folder.name, names,
+                                     f'Add it to {parts["train"]} or remove it.')
+            images = _images(class_folder)
+            if part == 'train' and len(images) < needed:
+                raise DataError(f'{class_folder}: the class has {len(images)} image{"s"[:len(images) > 1]}, at least '
+                                f'{needed} are needed to have it in every part. Add images or remove the folder.')
+            paths += images
+            labels += [names.index(class_folder.name)] * len(images)
+        members[part] = np.arange(start, len(paths))
+        if start == len(paths):
+            raise DataError(f'{folder}: the part holds no class folder. Fill it or remove it.')
+    whole = ImageSet(paths, torch.tensor(labels), Target('class', names))
+    train, validation, test = (whole.subset(part) for part in _complete(members, np.array(labels)))
+    return Splits(root.resolve().name, train, validation, test, _LICENCE)
+
+
+def _csv_parts(table: Table) -> dict[str, np.ndarray]:
+    if 'split' not in table.columns:
+        return {'train': np.arange(len(table))}
+    aliases = list(_PARTS)
+    part = np.array([_PARTS[aliases[i]] for i in table.choices('split', aliases)])
+    return {name: np.flatnonzero(part == name) for name in dict.fromkeys(part.tolist())}
+
+
+def load_csv(path: str | Path, rating_columns: Sequence[str], rating_scale: tuple[float, float]) -> Splits:
+    """Pictures and their ratings from a comma-separated UTF-8 file with a header.
+
+    The column ``image``, or else the first one, names the image files, relative to the folder of the csv and inside
+    of it. A column ``split`` with train, validation (or val, valid) or test in every row fixes the parts; of the last
+    two, one that no row names is cut from train, 10 % by a fixed seed. Without it the split is 80 / 10 / 10 %.
+    Other columns are passed over.
+
+    Args:
+        path: The csv file.
+        rating_columns: D columns with one number per image, such as ``('valence', 'arousal')``.
+        rating_scale: Lowest and highest rating that can be given, the same for all columns.
+
+    Returns:
+        Three `ImageSet` of paths with targets of kind 'ratings', shape (N, D), mapped from the scale to [-1, 1];
+        a damaged image raises when it is read.
+
+    Raises:
+        DataError: If the file is not such a table, a rating is not a number of the scale, an image is missing, lies
+            outside the folder or is named twice, or there are too few rows for every part.
+    """
+    path = Path(path).expanduser()
+    columns = (rating_columns,) if isinstance(rating_columns, str) else tuple(rating_columns)
+    low, high = map(float, rating_scale)
+    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+        raise DataError(f'{path}: the rating scale {low:g} to {high:g} does not rise. '
+                        'Give its lowest and highest number.')
+    table = read_table(path)
+    if not columns or len(set(columns)) < len(columns):
+        raise DataError(f'{path}: the rating columns {list(columns)} are none or not distinct. '
+                        f'Name each once, from {", ".join(map(repr, table.columns))}.')
+    ratings = np.stack([table.numbers(name, low, high) for name in columns], axis=1)
+    image_column = 'image' if 'image' in table.columns else table.columns[0]
+    images = table.files(table.column(image_column), path.parent)
+    first: dict[Path, int] = {}
+    for i, image in enumerate(images):
+        if image in first:
+            raise DataError(f'{table.where(i)}: {table.column(image_column)[i]!r} is already on line '
+                            f'{table.lines[first[image]]}. Average the ratings of one image into one row, '
+                            'or it could land in train and test.')
+        first[image] = i
+    parts = _csv_parts(table)
+    needed = 1 + _missing_parts(set(parts))
+    if len(parts.get('train', ())) < needed:
+        raise DataError(f'{path}: {len(parts.get("train", ()))} rows for train, at least {needed} are needed. '
+                        'Add rows.')
+    target = Target('ratings', columns, low, high)
+    whole = ImageSet(images, target.normalise(torch.from_numpy(ratings)).float(), target)
+    train, validation, test = (whole.subset(part) for part in _complete(parts, np.zeros(len(table), dtype=int)))
+    return Splits(path.stem, train, validation, test, _LICENCE)

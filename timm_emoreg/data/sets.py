@@ -1,0 +1,172 @@
+"""What every image set of the project gives: pictures, targets, and what the targets mean."""
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+
+__all__ = ['DataError', 'ImageSet', 'Splits', 'Target', 'read_picture']
+
+
+class DataError(ValueError):
+    """Data that cannot be used as it is; the message names the file, the value and the remedy."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """The meaning of a target tensor.
+
+    Args:
+        kind: ``'class'`` (index, shape (N,), int64), ``'votes'`` (distribution over the names, shape (N, K),
+            float32, each row sums to 1) or ``'ratings'`` (shape (N, D), float32, each scale mapped to [-1, 1]).
+        names: Name of each class, emotion or rating, in the order of the indices.
+        low: Lower end of the published rating scale, ratings only.
+        high: Upper end of the published rating scale, ratings only.
+    """
+
+    kind: str
+    names: tuple[str, ...]
+    low: float = -1.0
+    high: float = 1.0
+
+    def __post_init__(self):
+        if self.kind not in ('class', 'votes', 'ratings'):
+            raise ValueError(f"Target kind {self.kind!r} is unknown, expected 'class', 'votes' or 'ratings'.")
+        if not self.low < self.high:
+            raise ValueError(f'A rating scale must rise, got {self.low} to {self.high}.')
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @property
+    def affect_kind(self) -> str:
+        """The affective state that fits: ``'emotion'`` (softmax) or ``'ratings'`` (tanh)."""
+        return 'ratings' if self.kind == 'ratings' else 'emotion'
+
+    def normalise(self, ratings: torch.Tensor) -> torch.Tensor:
+        """Map ratings from their published scale to [-1, 1], shape kept."""
+        return (ratings - self.low) / (self.high - self.low) * 2 - 1
+
+    def denormalise(self, ratings: torch.Tensor) -> torch.Tensor:
+        """Map ratings from [-1, 1] back to their published scale, shape kept."""
+        return (ratings + 1) / 2 * (self.high - self.low) + self.low
+
+
+def read_picture(path: Path, mode: str = 'RGB') -> Image.Image:
+    """The image file at `path`, decoded and converted to Pillow's `mode`.
+
+    Raises:
+        DataError: If the file is missing or is not an image.
+    """
+    try:
+        with Image.open(path) as image:
+            return image.convert(mode)
+    except FileNotFoundError:
+        raise DataError(f'{path}: the image is missing. Restore it or remove its row.') from None
+    except Exception as e:  # damaged bytes make Pillow's decoders raise many types, RuntimeError from AVIF among them
+        raise DataError(f'{path}: not a readable image ({e}). Replace it or remove its row.') from None
+
+
+class ImageSet(Dataset):
+    """One split: images with their targets, readable by timm's loader and by the resident loader.
+
+    Args:
+        images: Either decoded pictures, a uint8 array of shape (N, H, W, 3) or (N, H, W) for grey ones,
+            or the paths of N image files.
+        targets: (N,) int64, (N, K) float32 or (N, D) float32, as `target` says.
+        target: The meaning of the targets.
+
+    Raises:
+        ValueError: If images and targets differ in number, or the targets do not fit `target`.
+    """
+
+    def __init__(self, images: np.ndarray | Sequence[Path], targets: torch.Tensor, target: Target):
+        if len(images) != len(targets):
+            raise ValueError(f'{len(images)} images but {len(targets)} targets.')
+        expected = (len(images),) if target.kind == 'class' else (len(images), len(target))
+        if tuple(targets.shape) != expected:
+            raise ValueError(f'Targets of kind {target.kind!r} need shape {expected}, got {tuple(targets.shape)}.')
+        self.images = images
+        self.targets = targets
+        self.target = target
+        self.transform: Callable | None = None  # set by timm.data.create_loader
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def picture(self, index: int) -> Image.Image:
+        """Image `index` as RGB.
+
+        Raises:
+            DataError: If the file is missing or is not an image.
+        """
+        if isinstance(self.images, np.ndarray):
+            return Image.fromarray(self.images[index]).convert('RGB')
+        return read_picture(self.images[index])
+
+    def __getitem__(self, index: int):
+        image = self.picture(index)
+        if self.transform is not None:
+            image = self.transform(image)
+        target = self.targets[index]
+        return image, int(target) if self.target.kind == 'class' else target
+
+    def subset(self, indices: Sequence[int] | torch.Tensor) -> ImageSet:
+        """The images and targets at `indices`, in that order."""
+        indices = torch.as_tensor(indices, dtype=torch.long)
+        if isinstance(self.images, np.ndarray):
+            images = self.images[indices.numpy()]
+        else:
+            images = [self.images[i] for i in indices.tolist()]
+        return ImageSet(images, self.targets[indices], self.target)
+
+    def pixels(self, size: tuple[int, int]) -> torch.Tensor:
+        """Every image resized to `size` (H, W), bicubic with antialiasing: uint8, shape (N, 3, H, W)."""
+        if isinstance(self.images, np.ndarray) and self.images.shape[1:] == (*size, 3):
+            return torch.from_numpy(self.images).permute(0, 3, 1, 2).contiguous()
+        out = torch.empty(len(self), 3, *size, dtype=torch.uint8)
+        for i in range(len(self)):
+            image = self.picture(i)
+            if image.size != size[::-1]:
+                image = image.resize(size[::-1], Image.Resampling.BICUBIC)
+            out[i] = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        return out
+
+
+@dataclass(frozen=True)
+class Splits:
+    """A named set in three parts. `test` is for one look at the end; every choice is made on `validation`.
+
+    `flip_safe` says whether an image keeps its meaning when it is mirrored: a spectrogram does not.
+
+    Raises:
+        DataError: If a part is empty.
+    """
+
+    name: str
+    train: ImageSet
+    validation: ImageSet
+    test: ImageSet
+    licence: str
+    flip_safe: bool = True
+
+    def __post_init__(self):
+        for part in ('train', 'validation', 'test'):
+            if not len(getattr(self, part)):
+                raise DataError(f'{self.name}: the part {part!r} holds no image. Restore the published files '
+                                'or add images to it.')
+
+    @property
+    def target(self) -> Target:
+        """The meaning of the targets, the same in all three parts."""
+        return self.train.target
+
+    def summary(self) -> str:
+        """One line for a log: name, sizes, kind and names of the targets."""
+        return (f'{self.name}: {len(self.train):,} train, {len(self.validation):,} validation, '
+                f'{len(self.test):,} test images; {self.target.kind}: {", ".join(self.target.names)}')
