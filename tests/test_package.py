@@ -1,0 +1,43 @@
+"""Importing the package: what it registers, what it leaves alone, and the one thing that can be wrong with it."""
+import subprocess
+import sys
+from pathlib import Path
+
+import timm
+
+import timm_emoreg
+
+ROOT = Path(__file__).parents[1]
+
+
+def python(code: str, *path: Path) -> subprocess.CompletedProcess:
+    prelude = f'import sys; sys.path[:0] = {[str(p) for p in (*path, ROOT)]!r}\n'
+    return subprocess.run([sys.executable, '-c', prelude + code], capture_output=True, text=True, timeout=240)
+
+
+def test_import_registers_the_models():
+    assert timm.list_models('emoreg*') == [
+        'emoreg', 'emoreg_resnet18', 'emoreg_resnet34', 'emoreg_resnet50', 'emoreg_resnet101', 'emoreg_resnet152',
+        'emoreg_vit_base', 'emoreg_vit_large', 'emoreg_vit_small', 'emoreg_vit_tiny']
+    assert set(timm_emoreg.BACKBONES) == set(timm.list_models('emoreg_*'))
+    assert timm.list_models(module='resnet', filter='emoreg*') == []
+
+
+def test_a_torchvision_that_does_not_fit_is_named_with_the_remedy(tmp_path):
+    (tmp_path / 'torchvision').mkdir()
+    (tmp_path / 'torchvision/__init__.py').write_text(
+        "raise RuntimeError('operator torchvision::nms does not exist')")
+    done = python('import timm_emoreg', tmp_path)
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith('ImportError: torch ')
+    assert 'do not fit each other (operator torchvision::nms does not exist)' in last
+    assert last.endswith('pip install --force-reinstall torch torchvision')
+
+
+def test_import_loads_no_plotting_and_no_data_reader():
+    done = python('import timm\nbefore = set(sys.modules)\nimport timm_emoreg\n'
+                  'print(*sorted(set(sys.modules) - before), sep="\\n")')
+    added = done.stdout.split()
+    assert 'timm_emoreg.emoreg' in added
+    assert not [name for name in added if name.startswith(('matplotlib', 'scipy', 'pandas', 'timm_emoreg.data'))]

@@ -1,0 +1,67 @@
+"""Folding a trained model into the plain timm model: two linear heads that are balanced are one linear head."""
+from __future__ import annotations
+
+import torch
+from timm.models.resnet import ResNet
+from torch import nn
+
+from .backbone import OF_THE_WEIGHTS, put_classifier
+from .emoreg import EmoReg
+from .regulation import regulate
+
+__all__ = ['FoldError', 'fold']
+
+
+class FoldError(ValueError):
+    """A model that is no plain model; the message says why."""
+
+
+@torch.no_grad()
+def fold(model: EmoReg) -> nn.Module:
+    """The plain timm model that gives the logits of a regulated model, up to rounding.
+
+    Without modulation both heads read the same features, so that ``(1 - r)(W h + b) + r (W' h + b')`` is one head,
+    ``(1 - r) W + r W'``. The result is an instance of the backbone's own timm class: it costs what the plain model
+    costs, needs no plug-in, and timm exports and reloads it - except for a ResNet with ``small_image=True``, for whose
+    stem timm has no arguments: reloading its export fails.
+
+    Args:
+        model: A model with a fixed or learned balance, without modulation, of shared experience. It is not changed.
+
+    Returns:
+        The plain model, on the same device, in the same mode.
+
+    Raises:
+        FoldError: If the model is none of these, or if the family's own classifier is no linear map.
+    """
+    name = getattr(model.backbone, 'pretrained_cfg', {}).get('architecture', type(model.backbone).__name__)
+    if model.experience != 'shared':
+        why = "experience='separate' reads two backbones"
+    elif model.modulation is not None:
+        why = ('modulation makes the emotionally-influenced response no linear map of the features. '
+               'Train with modulation=False to fold')
+    elif model.regulation.kind == 'gate':
+        why = "balance='gate' gives each image its own balance"
+    elif not model.num_classes:
+        why = 'it has no heads (num_classes=0)'
+    else:
+        r = model.balance
+        weight, bias = (
+            regulate(z.float(), z_emo.float(), r).to(z.dtype) for z, z_emo in zip(
+                (model.head.weight, model.head.bias), (model.head_emo.weight, model.head_emo.bias), strict=True))
+        plain = put_classifier(model.backbone, weight, bias)
+        if plain is not None:
+            return _described(plain, model.small_image)
+        why = f'the classifier of {name} is no single linear layer'
+    raise FoldError(f'This model cannot be folded into a plain {name}: {why}.')
+
+
+def _described(plain: nn.Module, small_image: bool) -> nn.Module:
+    """What an export of the plain model says of it: how to build and feed it, not which weights it came from."""
+    kept = {k: v for k, v in getattr(plain, 'pretrained_cfg', {}).items()
+            if k == 'architecture' or k not in OF_THE_WEIGHTS}
+    plain.pretrained_cfg = plain.default_cfg = dict(kept, num_classes=plain.num_classes)
+    if small_image and isinstance(plain, ResNet):
+        # A stem with another stride has tensors of the same shapes; timm refuses this argument, as it should.
+        plain._model_args = dict(getattr(plain, '_model_args', {}), small_image=True)
+    return plain

@@ -1,0 +1,435 @@
+"""Finding a weight file, and letting no tensor of it near a model before it is known to be the right one.
+
+timm's own path loads a file with a flipped byte or with NaN, gives random heads for another number of classes with no
+more than a line in the log, fails forever on a truncated file in the cache, and waits half a minute for a dead network.
+Here a file is looked for in ``$EMOREG_WEIGHTS``, the package, the Hub's cache and the Hub; size, sha256, names and
+shapes and finite values are checked; then timm gets it as the ``file`` of its own overlay.
+"""
+from __future__ import annotations
+
+import errno
+import hashlib
+import inspect
+import os
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from huggingface_hub import constants, errors, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.file_download import repo_folder_name
+from huggingface_hub.utils import WeakFileLock
+from safetensors import SafetensorError, safe_open
+from timm.models._input import update_model_args
+from torch import nn
+
+from . import zoo
+from .emoreg import EmoReg, backbone_cfg, create_emoreg
+from .zoo import HUB_FILE, Weight
+
+__all__ = ['NewHeadsWarning', 'WeightDamaged', 'WeightError', 'WeightMismatch', 'WeightNotFound', 'WeightRefused',
+           'WeightUnreachable', 'WeightUnwritable', 'check_file', 'create', 'find_file', 'layout_of']
+
+FOLDER_VARIABLE = 'EMOREG_WEIGHTS'
+ANSWER_WITHIN = 4.0  # seconds for the Hub's first answer, looking up its address included, which no timeout bounds
+SOURCES = ('file', 'url', 'state_dict', 'hf_hub_id', 'hf_hub_filename')  # of a pretrained cfg in timm
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class WeightError(RuntimeError):
+    """A weight that cannot be had; the message names it, the place looked at, what was found, and the remedy."""
+
+
+class WeightNotFound(WeightError, FileNotFoundError):
+    """There is no such weight, or no file of it in any of the places."""
+
+
+class WeightUnreachable(WeightError, ConnectionError):
+    """The Hub did not answer, or not usefully."""
+
+
+class WeightRefused(WeightError, PermissionError):
+    """The Hub wants a token, or an agreement to the terms."""
+
+
+class WeightUnwritable(WeightError, OSError):
+    """The cache could not be written."""
+
+
+class WeightDamaged(WeightError):
+    """A file that is not the released one: another size or sha256, no safetensors, not the tensors, not finite."""
+
+
+class WeightMismatch(WeightError, ValueError):
+    """An argument under which the weight does not fit the model."""
+
+
+class NewHeadsWarning(UserWarning):
+    """Both heads are untrained, because the model has another number of classes than the weight."""
+
+
+# -- checking ----------------------------------------------------------------------------------------------------------
+
+
+def layout_of(weight: Weight, backbone: str) -> dict[str, tuple[int, ...]]:
+    """Names and shapes that the weight's tensors must have; costs no memory and draws no random numbers."""
+    with torch.random.fork_rng(devices=[]), torch.device('meta'):
+        model = EmoReg(backbone, num_classes=weight.num_classes, **weight.model_args)
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def _some(names: set[str]) -> str:
+    return ', '.join(sorted(names)[:3]) + (f' and {len(names) - 3} more' if len(names) > 3 else '')
+
+
+def _check(path: Path, weight: Weight, layout: dict[str, tuple[int, ...]], where: str) -> None:
+    def damaged(found: str) -> WeightDamaged:
+        return WeightDamaged(f'{weight.name}: the file {where} ({path}) is not the released weight: {found}')
+
+    size = path.stat().st_size
+    if size != weight.size:
+        raise damaged(f'it has {size:,} bytes, expected {weight.size:,}.')
+    digest = hashlib.sha256()
+    with path.open('rb') as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    if digest.hexdigest() != weight.sha256:
+        raise damaged(f'its sha256 is {digest.hexdigest()}, expected {weight.sha256}.')
+    try:
+        with safe_open(path, framework='pt') as tensors:
+            found = {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+            if missing := layout.keys() - found.keys():
+                raise damaged(f'it lacks the tensors {_some(missing)}.')
+            if extra := found.keys() - layout.keys():
+                raise damaged(f'it has tensors that the model does not know: {_some(extra)}.')
+            for name, shape in found.items():
+                if shape != layout[name]:
+                    raise damaged(f'{name} has the shape {shape}, expected {layout[name]}.')
+            for name in found:
+                if not tensors.get_tensor(name).isfinite().all():
+                    raise damaged(f'{name} holds values that are not finite.')
+    except SafetensorError as e:
+        raise damaged(f'it is not a safetensors file ({e}).') from None
+
+
+def check_file(path: Path, weight: Weight, layout: dict[str, tuple[int, ...]], where: str = 'given') -> Path:
+    """The path of a file that is the released weight: its size, sha256, tensor names and shapes, finite values.
+
+    Raises:
+        WeightDamaged: If it is not.
+        WeightUnwritable: If it cannot be read.
+    """
+    try:
+        _check(path, weight, layout, where)
+    except OSError as e:
+        if isinstance(e, WeightError):
+            raise
+        raise WeightUnwritable(f'{weight.name}: the file {where} ({path}) cannot be read ({e.strerror or e}). '
+                               'Repair its permissions, or remove it.') from None
+    return path
+
+
+# -- the Hub -----------------------------------------------------------------------------------------------------------
+
+
+def _offer() -> str:
+    embedded = ', '.join(sorted(w.name for w in zoo.WEIGHTS.values() if w.embedded)) or 'none'
+    return (f'Without the Hub there are the embedded weights ({embedded}) and the files '
+            f'<architecture>.<tag>.safetensors in the folder that ${FOLDER_VARIABLE} names.')
+
+
+def _hub_error(weight: Weight, error: Exception, cache_dir: str | Path | None = None) -> WeightError:
+    """What the Hub, its client or the disk said, as one of our errors. The client's HTTP library is never imported."""
+    place = f'{weight.name}: {weight.hub_id} at commit {weight.hub_commit} on the Hub ({constants.ENDPOINT})'
+    cause = error
+    while isinstance(cause, errors.LocalEntryNotFoundError) and cause.__cause__ is not None:
+        cause = cause.__cause__
+    status = getattr(getattr(cause, 'response', None), 'status_code', None)
+    if isinstance(cause, errors.OfflineModeIsEnabled):
+        return WeightUnreachable(f'{place} was not asked, because HF_HUB_OFFLINE is set, and the cache has no copy. '
+                                 f'Unset it once. {_offer()}')
+    if isinstance(cause, errors.GatedRepoError) or status == 403:
+        return WeightRefused(f'{place} is gated or forbidden (403). Agree to its terms on its page with the account of '
+                             f'your token, then try again. {_offer()}')
+    if isinstance(cause, errors.RevisionNotFoundError):
+        return WeightNotFound(f'{place}: there is no such commit. Update timm_emoreg, whose record has it. {_offer()}')
+    if isinstance(cause, errors.EntryNotFoundError) and status == 404:
+        return WeightNotFound(f'{place} holds no {HUB_FILE}. Update timm_emoreg, whose record names it. {_offer()}')
+    if status == 401 and not isinstance(cause, errors.RepositoryNotFoundError):
+        return WeightRefused(f'{place} wants another token (401). Run `hf auth login`, or unset HF_TOKEN. {_offer()}')
+    if isinstance(cause, errors.RepositoryNotFoundError):
+        return WeightNotFound(f'{place}: there is no such repository, or it is private ({status}). Update timm_emoreg, '
+                              f'or run `hf auth login` with an account that may see it. {_offer()}')
+    if status == 429:
+        return WeightUnreachable(f'{place} answered that there were too many requests (429). Wait some minutes, or run '
+                                 f'`hf auth login`, which raises the limit. {_offer()}')
+    if status is not None:
+        return WeightUnreachable(f'{place} answered with HTTP status {status}. Try again later. {_offer()}')
+    number = getattr(cause, 'errno', None)
+    if number in FULL:
+        return WeightUnwritable(f'{weight.name}: the disk of the Hub cache ({cache_dir or constants.HF_HUB_CACHE}) is '
+                                f'full ({cause.strerror}), {weight.size:,} bytes are needed. Free them, or name '
+                                'another folder with HF_HOME or cache_dir.')
+    if number is not None and getattr(cause, 'filename', None) is not None:
+        return WeightUnwritable(f'{weight.name}: the Hub cache cannot be written ({cause.strerror}: {cause.filename}). '
+                                f'Name another folder with HF_HOME or cache_dir. {_offer()}')
+    return WeightUnreachable(f'{place} cannot be reached ({type(cause).__name__}: {cause}). Check the network, the '
+                             f'proxy and HF_ENDPOINT. {_offer()}')
+
+
+def _ask(weight: Weight):
+    """The Hub's metadata of the file, in a thread, because neither resolvers nor address lists heed a timeout."""
+    answer = []
+
+    def ask() -> None:
+        try:
+            url = hf_hub_url(weight.hub_id, HUB_FILE, revision=weight.hub_commit)
+            answer.append(get_hf_file_metadata(url, timeout=ANSWER_WITHIN * 0.75))
+        except Exception as e:
+            answer.append(e)
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(ANSWER_WITHIN)
+    if not answer:
+        raise _hub_error(weight, TimeoutError(f'no answer within {ANSWER_WITHIN:g} s'))
+    if isinstance(answer[0], Exception):
+        raise _hub_error(weight, answer[0]) from answer[0]
+    return answer[0]
+
+
+def _cached(weight: Weight, cache_dir: str | Path | None) -> Path | None:
+    path = try_to_load_from_cache(weight.hub_id, HUB_FILE, cache_dir=cache_dir, revision=weight.hub_commit)
+    return Path(path) if isinstance(path, str) else None
+
+
+def _discard(path: Path) -> None:
+    """Remove a file from the cache: the link of the snapshot and all that it leads to."""
+    while True:
+        following = path.parent / os.readlink(path) if path.is_symlink() else None
+        path.unlink(missing_ok=True)
+        if following is None:
+            return
+        path = following
+
+
+def _part(weight: Weight, cache_dir: str | Path | None) -> Path:
+    """Where huggingface_hub 1.x leaves a download that failed, to go on with it; 2.x leaves nothing."""
+    folder = Path(cache_dir or constants.HF_HUB_CACHE) / repo_folder_name(repo_id=weight.hub_id, repo_type='model')
+    return folder / 'blobs' / f'{weight.sha256}.incomplete'
+
+
+@contextmanager
+def _lock(weight: Weight, cache_dir: str | Path | None) -> Iterator[None]:
+    """One process at a time repairs or fetches this weight."""
+    folder = Path(cache_dir or constants.HF_HUB_CACHE) / '.locks'
+    folder.mkdir(parents=True, exist_ok=True)
+    with WeakFileLock(folder / f'emoreg-{weight.sha256}.lock'):
+        yield
+
+
+def _fetch(weight: Weight, layout: dict[str, tuple[int, ...]], cache_dir: str | Path | None) -> Path:
+    """Fetch the file from the Hub, once more if it came damaged; a damaged one does not stay in the cache."""
+    offered = _ask(weight)
+    for what, found, expected in (('size', offered.size, weight.size), ('sha256', offered.etag, weight.sha256)):
+        if found != expected:
+            raise WeightDamaged(f'{weight.name}: {weight.hub_id} at commit {weight.hub_commit} on the Hub offers a '
+                                f'file of {what} {found}, expected {expected}. Nothing was fetched. '
+                                'Update timm_emoreg.')
+    damage = None
+    for _ in range(2):
+        try:
+            path = Path(hf_hub_download(weight.hub_id, HUB_FILE, revision=weight.hub_commit, cache_dir=cache_dir,
+                                        etag_timeout=ANSWER_WITHIN, library_name='timm_emoreg'))
+        except Exception as e:
+            if 'Consistency check failed' in str(e):  # the client's plain OSError for a file of another length
+                _part(weight, cache_dir).unlink(missing_ok=True)
+            elif type(e).__name__ != 'RemoteProtocolError' or damage is not None:  # cut off; 2.x goes on by itself
+                raise
+            damage = e
+            continue
+        try:
+            return check_file(path, weight, layout, 'from the Hub')
+        except WeightDamaged as e:
+            _discard(path)
+            damage = e
+    raise WeightDamaged(f'{damage} It was fetched twice and removed from the cache. Try another network, or report it '
+                        f'at the repository {weight.hub_id}.') from damage
+
+
+def _from_hub(weight: Weight, layout: dict[str, tuple[int, ...]], cache_dir: str | Path | None) -> Path:
+    def good(path: Path | None) -> bool:
+        try:
+            return path is not None and bool(check_file(path, weight, layout, 'in the Hub cache'))
+        except WeightDamaged:
+            return False
+
+    path = _cached(weight, cache_dir)
+    if good(path):
+        return path
+    try:
+        with _lock(weight, cache_dir):
+            path = _cached(weight, cache_dir)  # another process may have repaired it meanwhile
+            if good(path):
+                return path
+            if path is not None:
+                _discard(path)
+            return _fetch(weight, layout, cache_dir)
+    except WeightError:
+        raise
+    except Exception as e:
+        raise _hub_error(weight, e, cache_dir) from e
+
+
+# -- the places in their order -----------------------------------------------------------------------------------------
+
+
+def find_file(weight: Weight, layout: dict[str, tuple[int, ...]], cache_dir: str | Path | None = None) -> Path:
+    """The checked file of a weight: from ``$EMOREG_WEIGHTS``, the package, the Hub's cache or the Hub.
+
+    Args:
+        weight: The record.
+        layout: Names and shapes of its tensors, from `layout_of`.
+        cache_dir: The Hub's cache, its usual place if None.
+
+    Raises:
+        WeightError: One of its subclasses. A file that was found and is not the released one is an error in the first
+            two places, which are the user's and the installer's; in the cache it is fetched again.
+    """
+    folder = os.environ.get(FOLDER_VARIABLE)
+    if folder:
+        if not Path(folder).is_dir():
+            raise WeightNotFound(f'{weight.name}: ${FOLDER_VARIABLE} names {folder}, which is no folder. '
+                                 'Correct it, or unset it.')
+        path = Path(folder) / weight.file
+        if path.exists():
+            try:
+                return check_file(path, weight, layout, f'in ${FOLDER_VARIABLE}')
+            except WeightDamaged as e:
+                raise WeightDamaged(f'{e} Replace or remove it.') from None
+    if weight.embedded and weight.embedded_path.exists():
+        try:
+            return check_file(weight.embedded_path, weight, layout, 'in the package')
+        except WeightDamaged as e:
+            raise WeightDamaged(f'{e} Reinstall timm_emoreg.') from None
+    if weight.hub_commit is not None:
+        return _from_hub(weight, layout, cache_dir)
+    looked = f'it is not in ${FOLDER_VARIABLE} ({folder or "unset"})'
+    if weight.embedded:
+        raise WeightNotFound(f'{weight.name}: {looked}, and missing in the package ({weight.embedded_path}). '
+                             'Reinstall timm_emoreg.')
+    raise WeightNotFound(f'{weight.name}: {looked}, and it waits for publication on the Hub. {_offer()}')
+
+
+# -- models ------------------------------------------------------------------------------------------------------------
+
+# what decides the meaning of the affect response: never another one under the same weights, though shapes may agree
+MEANING = ('num_affect', 'affect_kind', 'experience')
+# arguments that say nothing about the form of the model, or that timm fits the weights to
+NO_FORM = ('num_classes', 'in_chans', 'device', 'dtype', 'features_only', 'out_indices', 'feature_cls', 'drop_rate')
+
+
+def _differing(weight: Weight, arguments: dict[str, Any]) -> dict[str, Any]:
+    known = {name: p.default for name, p in inspect.signature(EmoReg).parameters.items()} | weight.model_args
+    return {name: value for name, value in arguments.items()
+            if name not in NO_FORM and value != known.get(name)}
+
+
+def _mismatch(weight: Weight, differing: dict[str, Any], found: str = '') -> WeightMismatch:
+    asked = ', '.join(f'{name}={value!r}' for name, value in differing.items())
+    needed = ', '.join(f'{name}={weight.model_args[name]!r}' for name in differing if name in weight.model_args)
+    return WeightMismatch(
+        f'{weight.name} does not fit a model with {asked or "its own arguments"}'
+        + (f': it needs {needed}' if needed else '') + (f' ({found})' if found else '')
+        + '. Leave the argument out, or build without pretrained=True.')
+
+
+def _refuse_misfits(weight: Weight, arguments: dict[str, Any]) -> None:
+    differing = _differing(weight, arguments)
+    wrong = {name: value for name, value in differing.items() if name in MEANING}
+    if weight.target is not None:
+        kinds = [value if isinstance(value, str) else 'a fixed number'
+                 for value in (arguments.get('balance'), weight.model_args['balance'])]
+        if 'balance' in differing and kinds[0] != kinds[1]:
+            raise _mismatch(weight, {'balance': arguments['balance']},
+                            f'{kinds[0]} has other tensors than {kinds[1]}; model.balance can be set afterwards')
+        wrong |= {name: value for name, value in differing.items() if name == 'modulation'}
+    if wrong:
+        raise _mismatch(weight, wrong)
+
+
+def _warn_of_new_heads(name: str, num_classes: int, arguments: dict[str, Any]) -> None:
+    wanted = arguments.get('num_classes', num_classes)
+    if wanted not in (0, num_classes) and not arguments.get('features_only'):
+        warnings.warn(f'{name} has {num_classes or "no"} classes, the model {wanted}: both heads are new and answer at '
+                      'random until they are trained.', NewHeadsWarning, stacklevel=6)
+
+
+def create(variant: str, backbone: str, pretrained: bool, **kwargs: Any) -> nn.Module:
+    """What the entrypoints of the registry return: a model, with its released weight if one is asked for.
+
+    The arguments of a weight's record are defaults where ``pretrained=True`` or a tag names that weight. Without
+    either, the model has its backbone's usual form. A cfg or a source of weights that the caller gives is taken as
+    it is.
+
+    Args:
+        variant: Registered name.
+        backbone: timm's name of its backbone.
+        pretrained: Whether to load a weight.
+        kwargs: Those of `EmoReg`, and timm's own.
+
+    Raises:
+        WeightError: If the weight cannot be had, or does not fit the arguments.
+    """
+    cfg = kwargs.get('pretrained_cfg')
+    if cfg and not isinstance(cfg, str):  # hf-hub:, local-dir:, or the caller's own
+        own = cfg if isinstance(cfg, dict) else cfg.to_dict()
+        if pretrained and own.get('num_classes') is not None:
+            _warn_of_new_heads(own.get('hf_hub_id') or own.get('file') or variant, own['num_classes'], kwargs)
+        return create_emoreg(variant, backbone, pretrained, **kwargs)
+    overlay = dict(kwargs.get('pretrained_cfg_overlay') or {})
+    own_source = any(overlay.get(key) for key in SOURCES)
+    weight = zoo.find(f'{variant}.{cfg}' if cfg else variant) if cfg or (pretrained and not own_source) else None
+    if weight is None:
+        if cfg or (pretrained and not own_source):
+            known = ', '.join(w.name for w in zoo.WEIGHTS.values() if w.architecture == variant) or 'none'
+            raise WeightNotFound(f'{variant}{f".{cfg}" if cfg else ""}: there is no such weight; of this architecture '
+                                 f'there are: {known}. timm.list_pretrained("emoreg*") shows all that can be had; '
+                                 'pretrained_backbone=True takes the weights of the plain backbone.')
+        kwargs['pretrained_cfg'] = backbone_cfg(backbone)  # not that of a default weight, whose size may be another
+        return create_emoreg(variant, backbone, pretrained, **kwargs)
+
+    arguments = {name: value for name, value in kwargs.items()
+                 if value is not None and name not in ('pretrained_cfg', 'pretrained_cfg_overlay', 'cache_dir')}
+    added = {name: value for name, value in weight.model_args.items() if arguments.get(name) is None}
+    if arguments.get('small_image') is False:
+        added.pop('img_size', None)  # it belonged to the small form
+    kwargs |= added
+    if not pretrained or own_source:
+        own_cfg = timm.get_pretrained_cfg(weight.name)
+        kwargs['pretrained_cfg'] = replace(own_cfg, file=None, hf_hub_id=None, hf_hub_filename=None)
+        model = create_emoreg(variant, backbone, pretrained, **kwargs)
+        update_model_args(model, **added)
+        return model
+
+    _refuse_misfits(weight, arguments)
+    layout = layout_of(weight, backbone)
+    overlay['file'] = str(find_file(weight, layout, kwargs.get('cache_dir')))
+    _warn_of_new_heads(weight.name, weight.num_classes, kwargs)
+    differing = _differing(weight, arguments)
+    # stage 1 trained neither balance nor modulation, so another form of them fits, too
+    kwargs |= {'pretrained_cfg': weight.tag, 'pretrained_cfg_overlay': overlay,
+               'pretrained_model_args': weight.model_args, 'pretrained_strict': weight.target is not None}
+    try:
+        model = create_emoreg(variant, backbone, pretrained, **kwargs)
+    except (RuntimeError, ValueError) as e:
+        if not differing or isinstance(e, WeightError):
+            raise
+        raise _mismatch(weight, differing, ' '.join(str(e).split())) from e
+    update_model_args(model, **added)  # or an export would rebuild another form
+    return model

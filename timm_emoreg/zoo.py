@@ -1,0 +1,184 @@
+"""One record a released weight. Registry, cards and tables are made from these records and from nothing else.
+
+The records lie in ``assets/weights.json``, which ``python -m timm_emoreg.hub`` writes, so that no number is typed.
+"""
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+__all__ = ['HUB_FILE', 'WEIGHTS', 'Weight', 'find', 'read_records', 'registry_entries', 'write_records']
+
+HUB_FILE = 'model.safetensors'  # name of the weight file in its Hub repository
+ASSETS = files('timm_emoreg') / 'assets'
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A released weight.
+
+    Args:
+        architecture: Registered name of the model.
+        tag: ``<stimuli>`` after stage 1, ``<stimuli>_ft_<target>`` after stage 2.
+        file: Name of the file in the package and in ``$EMOREG_WEIGHTS``.
+        sha256: Of the file, 64 hexadecimal digits.
+        size: Of the file, in bytes.
+        precision: Type of its floating-point tensors.
+        logit_difference: Largest absolute difference that this type makes to the model's output, on a fixed batch.
+        parameters: Number of parameters of the model.
+        stimuli: What the affective pre-training showed, a key of `timm_emoreg.data.STIMULI`.
+        stimuli_labels: Which labels of it.
+        target: Data set of stage 2, None after stage 1.
+        input_size: (channels, height, width) of the training.
+        form: Form of the backbone, in words.
+        affect_names: Name of each output of the affect response.
+        label_names: Name of each class, empty after stage 1.
+        model_args: Arguments of the constructor under which the weights fit.
+        metric: The metric that chose the best epoch.
+        metrics: Results on the test part: name to ``{'weight': of this weight, 'n': runs, 'mean': ..., 'sd': ...}``;
+            sd is None for one run.
+        baseline: The same of the plain backbone under the same recipe, empty if there is none.
+        seeds: Seed of each run, the released one first.
+        seconds: Mean duration of a run of this stage.
+        hardware: What the runs were made on.
+        recipe: The command that trained it.
+        commit: Commit of this project that it was trained with; ``-dirty`` at its end if files had been changed.
+        licence: Identifier as the Hub knows it.
+        base: Weight that it was trained from: a tag of ours or a timm model with its tag, None from scratch.
+        embedded: Whether the file is in the package.
+        default: Whether ``pretrained=True`` without a tag means this weight.
+        hub_id: Repository on the Hub.
+        hub_commit: Published commit, None while it waits for publication.
+
+    Raises:
+        ValueError: If a field cannot be true.
+    """
+
+    architecture: str
+    tag: str
+    file: str
+    sha256: str
+    size: int
+    precision: str
+    logit_difference: float
+    parameters: int
+    stimuli: str
+    stimuli_labels: str
+    target: str | None
+    input_size: tuple[int, int, int]
+    form: str
+    affect_names: tuple[str, ...]
+    label_names: tuple[str, ...]
+    model_args: dict[str, Any]
+    metric: str
+    metrics: dict[str, dict[str, Any]]
+    baseline: dict[str, dict[str, Any]]
+    seeds: tuple[int, ...]
+    seconds: float
+    hardware: str
+    recipe: str
+    commit: str
+    licence: str
+    base: str | None
+    embedded: bool
+    default: bool
+    hub_id: str
+    hub_commit: str | None
+
+    def __post_init__(self):
+        for name in ('input_size', 'affect_names', 'label_names', 'seeds'):
+            object.__setattr__(self, name, tuple(getattr(self, name)))  # json knows lists only
+        expected = self.stimuli + (f'_ft_{self.target}' if self.target else '')
+        for wrong, what in (
+                (self.tag != expected, f'tag {self.tag!r} does not say stimuli and target, expected {expected!r}'),
+                (self.file != f'{self.name}.safetensors', f'file {self.file!r} is not named after the weight'),
+                (not re.fullmatch('[0-9a-f]{64}', self.sha256), f'sha256 {self.sha256!r} is none'),
+                (self.hub_commit is not None and not re.fullmatch('[0-9a-f]{40}', self.hub_commit),
+                 f'hub_commit {self.hub_commit!r} is no full commit'),
+                (bool(self.target) != bool(self.label_names), 'label_names and target must come together'),
+                (self.model_args.get('num_affect') != len(self.affect_names),
+                 f'model_args have num_affect={self.model_args.get("num_affect")}, '
+                 f'affect_names name {len(self.affect_names)}'),
+        ):
+            if wrong:
+                raise ValueError(f'Record of the weight {self.name}: {what}. Build it anew with '
+                                 '`python -m timm_emoreg.hub build`.')
+
+    @property
+    def name(self) -> str:
+        """Registered name with tag."""
+        return f'{self.architecture}.{self.tag}'
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.label_names)
+
+    @property
+    def available(self) -> bool:
+        """Whether it can be had from the package or the Hub."""
+        return self.embedded or self.hub_commit is not None
+
+    @property
+    def embedded_path(self) -> Path:
+        """Where the file is in the package, if it is embedded."""
+        return Path(str(ASSETS / 'weights' / self.file))
+
+    def cfg(self) -> dict[str, Any]:
+        """What a pretrained cfg of timm says about this weight, beside the preprocessing of its backbone."""
+        cfg = {'num_classes': self.num_classes, 'input_size': self.input_size, 'pool_size': None, 'crop_pct': 1.0,
+               'test_input_size': None, 'test_crop_pct': None, 'license': self.licence, 'paper_ids': 'arXiv:2606.13081'}
+        if self.label_names:
+            cfg['label_names'] = self.label_names
+        if self.embedded:
+            cfg['file'] = str(self.embedded_path)
+        if self.hub_commit is not None:
+            cfg |= {'hf_hub_id': f'{self.hub_id}@{self.hub_commit}', 'hf_hub_filename': HUB_FILE}
+        return cfg
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def read_records(path: Path | None = None) -> dict[str, Weight]:
+    """The records of a file, by name; those of the package if no path is given.
+
+    Raises:
+        ValueError: For a record that cannot be true, or two of one name or one default.
+    """
+    text = (ASSETS / 'weights.json' if path is None else path).read_text(encoding='utf-8')
+    weights = [Weight(**fields) for fields in json.loads(text)]
+    records = {weight.name: weight for weight in weights}
+    defaults = [weight.architecture for weight in weights if weight.default]
+    if len(records) < len(weights) or len(set(defaults)) < len(defaults):
+        raise ValueError(f'{path or "weights.json"}: two records of one weight, or two defaults of one architecture.')
+    return records
+
+
+def write_records(records: dict[str, Weight], path: Path) -> None:
+    """Write records in the order of their names; the file is replaced as a whole or not at all."""
+    text = json.dumps([records[name].to_dict() for name in sorted(records)], indent=1, ensure_ascii=False)
+    temporary = path.with_name(path.name + '.part')
+    temporary.write_text(text + '\n', encoding='utf-8')
+    temporary.replace(path)
+
+
+def find(name: str) -> Weight | None:
+    """The record of ``<architecture>.<tag>``, or of the default weight of an architecture; None if there is none."""
+    if name in WEIGHTS:
+        return WEIGHTS[name]
+    own = [weight for weight in WEIGHTS.values() if weight.architecture == name and weight.available]
+    return next((w for w in own if w.default), own[0] if own else None)  # as timm chooses it
+
+
+def registry_entries(backbones: dict[str, str]) -> list[tuple[str, Weight]]:
+    """The weights of these architectures under the keys of ``generate_default_cfgs``, the default's with a star."""
+    return [(weight.name + '*' * (weight.default and weight.available), weight) for weight in WEIGHTS.values()
+            if weight.architecture in backbones]
+
+
+WEIGHTS = read_records()
