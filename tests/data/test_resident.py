@@ -121,11 +121,12 @@ def test_epochs_are_reproducible_and_differ():
 def test_a_resumed_epoch_goes_on_with_the_batches_of_the_unbroken_one(first_batch):
     loader = load(**FULL)
     inputs, targets = epoch(loader, 2)
-    rest, rest_targets = epoch(load(**FULL), 2, first_batch)
+    resumed = load(**FULL)
+    rest, rest_targets = epoch(resumed, 2, first_batch)
     assert len(rest) == 5 - first_batch
     for a, b in zip(inputs[first_batch:] + targets[first_batch:], rest + rest_targets, strict=True):
         assert torch.equal(a, b)
-    assert len(epoch(loader, 2)[0]) == 5  # the first batch holds for one epoch only
+    assert len(list(resumed)) == 5  # the first batch holds for one epoch only
 
 
 def test_ranks_share_each_batch_of_the_single_process():

@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import timm
+import torch
+from timm.utils import CheckpointSaver
+
+from timm_emoreg import zoo
+from timm_emoreg.checkpoint import CheckpointError
+from timm_emoreg.experience import find_experience
+from timm_emoreg.task import AffectTask, EmoRegTask
+from timm_emoreg.weights import WeightError
+
+
+def make(affect_kind='emotion', num_affect=3):
+    return timm.create_model('emoreg', backbone='test_resnet', num_classes=2, num_affect=num_affect,
+                             affect_kind=affect_kind)
+
+
+def save(task, folder, ema=False):
+    folder.mkdir(parents=True)
+    if ema:
+        task.setup_ema()
+        with torch.no_grad():
+            for p in task.trainable_module.parameters():
+                p.add_(1)
+    optimizer = torch.optim.SGD(task.trainable_module.parameters(), lr=0.1)
+    saver = CheckpointSaver(task.trainable_module, optimizer, task=task, checkpoint_dir=str(folder))
+    saver.save_checkpoint(0, metric=1.0)
+    return folder / 'model_best.pth.tar'
+
+
+@pytest.mark.parametrize(('kind', 'affect_kind'), [('class', 'emotion'), ('votes', 'emotion'), ('ratings', 'ratings')])
+def test_names_and_kind_come_back(tmp_path, kind, affect_kind):
+    task = AffectTask(make(affect_kind), kind, ('joy', 'fear', 'Ärger'))
+    path = save(task, tmp_path / 'run' / 'affect')
+    state = task.trainable_module.state_dict()
+    for where in (path, path.parent, path.parent.parent):  # the file, its folder, the folder of a run
+        found = find_experience(str(where))
+        assert found.source == str(path)
+        assert (found.affect_kind, found.num_affect, found.names) == (affect_kind, 3, ('joy', 'fear', 'Ärger'))
+        assert all(torch.equal(found.state_dict[name], value) for name, value in state.items())
+    model = make(found.affect_kind, found.num_affect)
+    model.load_experience(found.state_dict)
+    assert torch.equal(model.head_affect.weight, task.trainable_module.head_affect.weight)
+
+
+def test_averaged_weights_go_first(tmp_path):
+    task = AffectTask(make(), 'class', tuple('abc'))
+    path = save(task, tmp_path / 'run', ema=True)
+    found = find_experience(str(path)).state_dict
+    averaged = task.get_eval_model(ema=True).module
+    assert torch.equal(found['head_affect.weight'], averaged.head_affect.weight)
+    assert not torch.equal(found['head_affect.weight'], task.trainable_module.head_affect.weight)
+
+
+def test_the_result_of_another_stage_is_refused(tmp_path):
+    path = save(EmoRegTask(make()), tmp_path / 'emoreg')
+    for where in (path, path.parent):
+        with pytest.raises(CheckpointError, match=r'was not written by stage 1 \(--task affect\)'):
+            find_experience(str(where))
+    for task_state in (None, [], {'target_kind': 'class'}):
+        torch.save({'state_dict': {}, 'task_state': task_state}, path)
+        with pytest.raises(CheckpointError, match='was not written by stage 1'):
+            find_experience(str(path))
+    path.write_text('no checkpoint')
+    with pytest.raises(CheckpointError, match='not a readable checkpoint'):
+        find_experience(str(path))
+
+
+@pytest.mark.parametrize('where', ['', 'nowhere/run', 'emoreg_resnet18.unheard', 'emoreg_resnet18', 'x' * 5000, 'a\0b',
+                                   'emoreg_resnet18.[a'])
+def test_nothing_of_that_name(monkeypatch, tmp_path, where):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match='neither a file, nor a folder, nor a released weight') as caught:
+        find_experience(where)
+    assert len(str(caught.value)) < 1000
+
+
+def test_a_folder_without_a_result(tmp_path):
+    (tmp_path / 'last.pth.tar').touch()
+    with pytest.raises(CheckpointError, match=r'holds no model_best\.pth\.tar of stage 1, neither itself nor in'):
+        find_experience(str(tmp_path))
+
+
+def test_a_released_weight_by_its_tag(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    model = make('ratings', 2)
+    monkeypatch.setattr(zoo, 'WEIGHTS', {'emoreg_tiny.emoji': SimpleNamespace(affect_names=('valence', 'arousal'))})
+    monkeypatch.setattr(timm, 'list_pretrained', lambda pattern: ['emoreg_tiny.emoji'])
+    monkeypatch.setattr(timm, 'create_model',
+                        lambda name, pretrained: model if (name, pretrained) == ('emoreg_tiny.emoji', True) else None)
+    found = find_experience('emoreg_tiny.emoji')
+    assert (found.source, found.affect_kind, found.num_affect) == ('emoreg_tiny.emoji', 'ratings', 2)
+    assert found.names == ('valence', 'arousal')
+    assert torch.equal(found.state_dict['head_affect.weight'], model.head_affect.weight)
+    with pytest.raises(CheckpointError, match=r'nor a released weight \(emoreg_tiny\.emoji\)'):
+        find_experience('emoreg_tiny.ferplus')
+
+    def fail(name, pretrained):
+        raise WeightError(f'{name}: not to be had.')
+
+    monkeypatch.setattr(timm, 'create_model', fail)
+    with pytest.raises(CheckpointError, match=r'emoreg_tiny\.emoji: not to be had'):
+        find_experience('emoreg_tiny.emoji')
+    (tmp_path / 'emoreg_tiny.emoji').write_text('a path goes first')
+    with pytest.raises(CheckpointError, match='not a readable checkpoint'):
+        find_experience('emoreg_tiny.emoji')

@@ -1,0 +1,229 @@
+"""train.py as a user runs it: settings in, files and one JSON line a stage out."""
+import csv
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+SCRIPT = Path(__file__).parents[1] / 'train.py'
+
+
+@pytest.fixture
+def train():
+    spec = importlib.util.spec_from_file_location('train', SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory) -> Path:
+    """A folder per class: three colours with noise, 20 images each."""
+    root = tmp_path_factory.mktemp('colours')
+    rng = np.random.default_rng(0)
+    for name, colour in (('blue', (40, 60, 200)), ('green', (40, 200, 60)), ('red', (200, 40, 60))):
+        (root / name).mkdir()
+        for i in range(20):
+            pixels = np.clip(rng.normal(colour, 60, (32, 32, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(root / name / f'{i}.png')
+    return root
+
+
+@pytest.fixture
+def run(train, tmp_path, monkeypatch, capsys):
+    """Call train.py's main with a tiny backbone; gives its status, its JSON lines and what it wrote to stderr."""
+    def call(*argv, name='run', model='test_resnet'):
+        monkeypatch.setattr(train, 'received', [])
+        named = () if '--resume' in argv else (
+            '--model', model, '--output', tmp_path, '--experiment', name, '--img-size', 32, '-b', 8)
+        monkeypatch.setattr(sys, 'argv', ['train.py', *map(str, (*named, '--no-amp', *argv))])
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            status = train.main()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        out, err = capsys.readouterr()
+        return status, [json.loads(line) for line in out.splitlines() if line.startswith('{')], err
+    return call
+
+
+def rows(path: Path) -> list[dict]:
+    with open(path, newline='') as file:
+        return list(csv.DictReader(file))
+
+
+def test_both_stages_on_the_embedded_emoji(run, tmp_path):
+    status, results, _ = run('--dataset', 'emoji', '--epochs', 2, '-b', 64)
+    assert status == 0
+    assert [r['task'] for r in results] == ['affect', 'emoreg']
+    affect, emoreg = results
+    assert affect['metric'] == 'ccc'
+    assert set(affect['test']) >= {'ccc', 'pcc', 'rmse', 'ccc_valence'}
+    assert emoreg['experience'] == str(tmp_path / 'run/affect/model_best.pth.tar')
+    assert emoreg['test']['top1'] > 25  # the largest of the nine groups is a fifth of the test images
+    for stage in ('affect', 'emoreg'):
+        files = tmp_path / 'run' / stage
+        assert {p.name for p in files.iterdir()} >= {
+            'last.pth.tar', 'model_best.pth.tar', 'summary.csv', 'curves.png', 'result.json'}
+        assert Image.open(files / 'curves.png').format == 'PNG'
+    summary = rows(tmp_path / 'run/emoreg/summary.csv')
+    assert [row['epoch'] for row in summary] == ['0', '1']
+    assert set(summary[0]) >= {'train_loss', 'train_loss_emotional', 'train_loss_non_emotional', 'train_balance',
+                               'eval_top1', 'lr'}
+
+
+def test_stage_2_starts_from_the_weights_of_stage_1(run, tmp_path, folder, train, monkeypatch):
+    assert run('--task', 'affect', '--stimuli', folder, '--epochs', 1, name='stage1')[0] == 0
+    state = train.load_training_checkpoint(tmp_path / 'stage1/affect/model_best.pth.tar')['state_dict']
+    started = {}
+    build = train.build_model
+    monkeypatch.setattr(train, 'build_model', lambda *a: started.setdefault('model', build(*a)))
+    monkeypatch.setattr(train, 'train_epoch', lambda *a: (_ for _ in ()).throw(train.Stop))
+    train.received.append(signal.SIGINT)
+    with pytest.raises(IndexError):  # the fixture empties `received`, and a Stop without a signal has no number
+        run('--experience', tmp_path / 'stage1', '--dataset', folder, '--epochs', 1)
+    own = started['model'].state_dict()
+    taken = [k for k in state if k.startswith(('backbone.', 'head_affect.'))]
+    assert len(taken) > 20
+    assert all(torch.equal(own[k], state[k]) for k in taken)
+
+
+@pytest.mark.parametrize('flags', [
+    ('--balance', 'learned', '--opt', 'adamw', '--layer-decay', '0.7'),
+    ('--balance', 'gate', '--cutmix', '1', '--mixup', '0.5', '--clip-grad', '1'),
+    ('--balance', '0.3', '--balanced-in', 'loss', '--model-ema', '--grad-accum-steps', '2'),
+    ('--separate-experience', '--opt', 'muon', '--hflip', 'alternate', '--cutout', '8'),
+    ('--no-modulation', '--loader', 'timm', '--workers', '0', '--grad-checkpointing', '--clip-grad', '1',
+     '--clip-mode', 'agc'),
+])
+def test_choices_of_method_and_recipe_train(run, folder, flags):
+    status, results, _ = run('--stimuli', folder, '--dataset', folder, '--epochs', 1, *flags)
+    assert status == 0
+    assert all(torch.isfinite(torch.tensor(list(r['test'].values()))).all() for r in results)
+
+
+def test_vit_gets_the_patches_that_fit(run, folder):
+    _, results, _ = run('--dataset', folder, '--task', 'plain', '--epochs', 1, model='test_vit')
+    assert results[0]['form'] == 'patches of 4x4'
+
+
+def test_ratings_of_a_csv(run, tmp_path, folder):
+    table = folder / 'ratings.csv'
+    lines = [f'{p.relative_to(folder)},{2 if p.parent.name == "red" else 7},{5 + i % 3}'
+             for i, p in enumerate(sorted(folder.glob('*/*.png')))]
+    table.write_text('\n'.join(['image,valence,arousal', *lines]))
+    try:
+        _, results, _ = run('--task', 'affect', '--stimuli', table, '--rating-columns', 'valence', 'arousal',
+                            '--rating-scale', 1, 9, '--epochs', 3)
+    finally:
+        table.unlink()
+    assert results[0]['test']['ccc_valence'] > 0.3
+    task = torch.load(tmp_path / 'run/affect/last.pth.tar', weights_only=False)['task_state']
+    assert task == {'target_kind': 'ratings', 'names': ['valence', 'arousal']}
+
+
+def test_a_resumed_run_ends_with_the_numbers_of_an_unbroken_one(run, train, tmp_path, folder, monkeypatch):
+    flags = ('--stimuli', folder, '--dataset', folder, '--epochs', 3, '--drop', 0.2, '--mixup', 0.5, '--model-ema',
+             '--balance', 'learned')
+    assert run(*flags, name='whole')[0] == 0
+
+    steps, seed = [], train.random_seed
+    def interrupt(*args):  # called before each step, and once to build each stage's model
+        seed(*args)
+        steps.append(args)
+        if len(steps) in (5, 30):  # within the first epoch of stage 1, and in the second of stage 2
+            train.received.append(signal.SIGTERM)
+    monkeypatch.setattr(train, 'random_seed', interrupt)
+    status, _, err = run(*flags, name='broken')
+    assert status == 128 + signal.SIGTERM
+    assert f'Go on with: python train.py --resume {tmp_path / "broken"}' in err
+    assert list((tmp_path / 'broken/affect').glob('recovery-0-*.pth.tar'))
+    assert run('--resume', tmp_path / 'broken')[0] == 128 + signal.SIGTERM
+    assert list((tmp_path / 'broken/emoreg').glob('recovery-1-*.pth.tar'))
+    assert run('--resume', tmp_path / 'broken')[0] == 0
+    assert not list((tmp_path / 'broken').glob('*/recovery-*'))
+
+    for stage in ('affect', 'emoreg'):
+        whole, broken = tmp_path / 'whole' / stage, tmp_path / 'broken' / stage
+        assert rows(whole / 'summary.csv') == rows(broken / 'summary.csv')
+        assert (json.loads((whole / 'result.json').read_text())['test']
+                == json.loads((broken / 'result.json').read_text())['test'])
+        for kind in ('state_dict', 'state_dict_ema'):
+            expected, found = (train.load_training_checkpoint(p / 'last.pth.tar')[kind] for p in (whole, broken))
+            assert all(torch.equal(expected[k], found[k]) for k in expected)
+
+
+def test_sigterm_leaves_a_checkpoint(tmp_path, folder):
+    command = [sys.executable, str(SCRIPT), '--model', 'test_resnet', '--task', 'plain', '--dataset', str(folder),
+               '--img-size', '32', '-b', '8', '--epochs', '100000', '--no-amp', '--output', str(tmp_path),
+               '--experiment', 'run']
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith('epoch 2/'):
+            process.send_signal(signal.SIGTERM)
+            break
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert 'stopped. Go on with:' in err
+    assert (tmp_path / 'run/plain/last.pth.tar').is_file()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(run, tmp_path, folder):
+    status, _, err = run('--task', 'plain', '--dataset', folder, '--epochs', 3, '--lr', 1e30, '--warmup-epochs', 0)
+    assert status == 1
+    assert 'the loss is nan in epoch 1, step' in err
+    assert 'The last good checkpoint is' in err
+    assert 'Lower --lr' in err
+
+
+@pytest.mark.parametrize(('argv', 'message'), [
+    (('--task', 'plain', '--stimuli', 'emoji'), '--task plain trains the bare backbone'),
+    (('--experience', 'x', '--stimuli', 'emoji'), 'give one of them'),
+    (('--balance', 'half'), "--balance half: expected a number in [0, 1], 'learned' or 'gate'"),
+    (('--model', 'resnet_18'), '--model resnet_18: unknown'),
+    (('--resume', 'nowhere'), 'holds no args.json'),
+])
+def test_flags_that_do_not_fit_are_refused(train, monkeypatch, capsys, argv, message):
+    monkeypatch.setattr(sys, 'argv', ['train.py', *argv])
+    with pytest.raises(SystemExit) as stop:
+        train.main()
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_missing_data_is_named_and_leaves_nothing(run, tmp_path):
+    status, _, err = run('--dataset', 'oasis', '--data-dir', tmp_path / 'nothing', '--experience', 'x')
+    assert status == 2
+    assert '--data-dir' in err
+    assert str(tmp_path / 'nothing') in err
+    assert os.listdir(tmp_path) == []
+
+
+def test_an_experience_that_is_none_is_named_and_leaves_nothing(run, tmp_path, folder):
+    status, _, err = run('--dataset', folder, '--experience', 'emoreg_resnet18.joy')
+    assert status == 2
+    assert '--experience emoreg_resnet18.joy: neither a file, nor a folder, nor a released weight' in err
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_batch_of_one_is_too_small_for_the_concordance(run, tmp_path):
+    status, _, err = run('--task', 'affect', '--stimuli', 'emoji', '-b', 1)
+    assert status == 2
+    assert '1 - CCC needs 2 images or more a step, --batch-size 1 gives 1' in err
+
+
+def test_an_existing_run_is_not_overwritten(run, tmp_path, folder):
+    (tmp_path / 'run').mkdir()
+    status, _, err = run('--task', 'plain', '--dataset', folder)
+    assert status == 2
+    assert f'Continue it with --resume {tmp_path / "run"}' in err
+    assert os.listdir(tmp_path / 'run') == []

@@ -1,0 +1,84 @@
+"""The result of stage 1: the weights of an affectively pre-trained model, and what its affect response means."""
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import timm
+from torch import Tensor
+
+from . import zoo
+from .checkpoint import CheckpointError, load_training_checkpoint
+from .weights import WeightError
+
+__all__ = ['Experience', 'find_experience', 'released_experience']
+
+
+@dataclass(frozen=True)
+class Experience:
+    """Stage-1 weights.
+
+    Args:
+        source: Where they come from, for the log.
+        state_dict: Weights of an EmoReg, at least ``backbone.*`` and ``head_affect.*``.
+        affect_kind: ``'emotion'`` or ``'ratings'``.
+        num_affect: Number of affect outputs K.
+        names: Name of each affect output, empty if unknown.
+    """
+
+    source: str
+    state_dict: dict[str, Tensor]
+    affect_kind: str
+    num_affect: int
+    names: tuple[str, ...] = ()
+
+
+def _from_checkpoint(path: Path) -> Experience:
+    checkpoint = load_training_checkpoint(path)
+    task = checkpoint.get('task_state')
+    if not isinstance(task, dict) or not {'target_kind', 'names'} <= task.keys():
+        raise CheckpointError(f"{path}: was not written by stage 1 (--task affect). Give stage 1's model_best.pth.tar.")
+    names = tuple(task['names'])
+    kind = 'ratings' if task['target_kind'] == 'ratings' else 'emotion'
+    # the averaged weights are the ones that stage 1 judged and kept
+    return Experience(str(path), checkpoint.get('state_dict_ema') or checkpoint['state_dict'], kind, len(names), names)
+
+
+def find_experience(where: str) -> Experience:
+    """Stage-1 weights by path or by registered tag; a path goes first.
+
+    Args:
+        where: A checkpoint of ``--task affect``, the output folder of such a run, or the name of a pretrained
+            model with its tag, such as ``emoreg_resnet18.emoji``.
+
+    Raises:
+        CheckpointError: If there is nothing of that name, or it was not written by stage 1.
+    """
+    # os.path rather than Path: False, not an error, for the empty name and for any that no file can have
+    if os.path.isdir(where):
+        for candidate in (Path(where, 'model_best.pth.tar'), Path(where, 'affect', 'model_best.pth.tar')):
+            if candidate.is_file():
+                return _from_checkpoint(candidate)
+        raise CheckpointError(f'{where}: holds no model_best.pth.tar of stage 1, neither itself nor in its folder '
+                              'affect.')
+    if os.path.isfile(where):
+        return _from_checkpoint(Path(where))
+    weight = zoo.WEIGHTS.get(where)
+    if weight is not None:
+        try:
+            model = timm.create_model(where, pretrained=True)
+        except WeightError as e:
+            raise CheckpointError(f'--experience {e}') from e
+        return Experience(where, model.state_dict(), model.affect_kind, model.num_affect, weight.affect_names)
+    known = ', '.join(timm.list_pretrained('emoreg*')) or 'none yet'
+    raise CheckpointError(f'--experience {where[:80]}: neither a file, nor a folder, nor a released weight ({known}).')
+
+
+def released_experience(architecture: str, small_image: bool, img_size: int) -> str | None:
+    """Name of a released stage-1 weight of this architecture, form and size that can be had; None if there is none."""
+    for weight in zoo.WEIGHTS.values():
+        form = (weight.architecture, bool(weight.model_args.get('small_image')), *weight.input_size[1:])
+        if weight.target is None and weight.available and form == (architecture, small_image, img_size, img_size):
+            return weight.name
+    return None

@@ -1,0 +1,43 @@
+"""16-bit autocast where the processor gains from it."""
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+__all__ = ['autocast_or_not', 'faster_in']
+
+
+def faster_in(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a convolution runs faster in `dtype` than in float32 on `device`, by a probe of some milliseconds.
+
+    Processors without 16-bit instructions emulate them, many times slower; a list of names could not keep up.
+    """
+    layers = {kind: torch.nn.Conv2d(64, 64, 3, device=device).to(kind, memory_format=torch.channels_last)
+              for kind in (torch.float32, dtype)}
+    images = {kind: torch.randn(16, 64, 32, 32, device=device).to(kind, memory_format=torch.channels_last)
+              for kind in layers}
+    best = dict.fromkeys(layers, float('inf'))
+    for _ in range(10):  # in turn, and the best of each, so that another process on the machine disturbs both alike
+        for kind, layer in layers.items():
+            start = time.perf_counter()
+            layer(images[kind])
+            best[kind] = min(best[kind], time.perf_counter() - start)
+    return best[dtype] < best[torch.float32]
+
+
+def autocast_or_not(device: torch.device, dtype: str | None) -> tuple[Callable[[], AbstractContextManager], str]:
+    """A factory of autocast contexts, and the name of the type in use.
+
+    Args:
+        device: Where the model runs.
+        dtype: ``'bfloat16'``, ``'float16'``, or None for no autocast. On a CPU it is used only where it is faster.
+
+    Returns:
+        The factory and ``'bfloat16'``, ``'float16'`` or ``'float32'``.
+    """
+    if dtype is None or (device.type == 'cpu' and not faster_in(getattr(torch, dtype), device)):
+        return nullcontext, 'float32'
+    return lambda: torch.autocast(device.type, dtype=getattr(torch, dtype)), dtype

@@ -1,0 +1,165 @@
+"""The two training tasks, on timm's task interface: loss and model in one place, no emotion in the training loop."""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from timm.loss import create_classification_loss
+from timm.task import ClassificationTask
+from timm.utils import unwrap_model
+from torch import Tensor, nn
+
+from .emoreg import EmoReg
+from .metrics import EmotionEvaluator, RatingEvaluator, concordance
+from .regulation import check_regulation, regulate
+
+__all__ = ['AffectTask', 'ConcordanceLoss', 'EmoRegTask']
+
+
+class ConcordanceLoss(nn.Module):
+    """``1 - CCC``, the mean over the rating dimensions: (B, D) and (B, D) to a scalar in [0, 2].
+
+    One image alone neither agrees nor disagrees: with B = 1 the loss is 1 and its gradient 0, as for constant targets.
+    """
+
+    def forward(self, output: Tensor, target: Tensor) -> Tensor:
+        if len(output) == 1:
+            return 1 + 0 * output.float().sum()
+        return 1 - concordance(output.float(), target).mean()
+
+
+def _parameters_without(model: nn.Module, left_out: Iterable[nn.Module]) -> list[nn.Parameter]:
+    """The parameters of `model` in their order, but for those of the modules `left_out`."""
+    ids = {id(p) for module in left_out for p in module.parameters()}
+    return [p for p in model.parameters() if id(p) not in ids]
+
+
+class AffectTask(ClassificationTask):
+    """Stage 1: train backbone and affect response on stimuli.
+
+    Only these two are trained; heads, modulation and balance are left as they are and need no gradient. The loss is
+    that of the affect response, the ``output`` of `forward`; a batch of ratings should hold many images, because their
+    agreement is judged within it.
+
+    Args:
+        model: The model; its forward gives the affect response from here on.
+        target_kind: ``'class'`` (cross-entropy on (B,) indices), ``'votes'`` (cross-entropy on (B, K) distributions)
+            or ``'ratings'`` (``1 - CCC`` on (B, D) ratings in [-1, 1]).
+        names: Name of each affect output.
+        smoothing: Label smoothing, ``'class'`` only.
+        device: Device for task tensors.
+
+    Raises:
+        ValueError: If the model's affect response does not fit the target, or the model has ``experience='separate'``.
+    """
+
+    def __init__(
+            self,
+            model: EmoReg,
+            target_kind: str,
+            names: tuple[str, ...],
+            smoothing: float = 0.0,
+            device: torch.device | None = None,
+            verbose: bool = True,
+    ):
+        if model.experience != 'shared':
+            raise ValueError(f'Stage 1 trains one backbone, but the model has experience={model.experience!r}. Build '
+                             "it with experience='shared'; load_experience puts its weights into the frozen stream.")
+        needed = 'ratings' if target_kind == 'ratings' else 'emotion'
+        if (model.affect_kind, model.num_affect) != (needed, len(names)):
+            raise ValueError(
+                f'The stimuli ask for affect_kind={needed!r} with num_affect={len(names)} ({", ".join(names)}), the '
+                f'model has affect_kind={model.affect_kind!r} with num_affect={model.num_affect}. '
+                'Build the model with the stimuli\'s values.')
+        if target_kind == 'ratings':
+            criterion = ConcordanceLoss()
+        else:
+            criterion = create_classification_loss(smoothing=smoothing, soft_targets=target_kind == 'votes')
+        for name, parameter in model.named_parameters():
+            if not name.startswith('backbone.'):  # whose own frozen parameters stay frozen
+                parameter.requires_grad_(name.startswith('head_affect.'))
+        model.set_training_output('affect')
+        super().__init__(model, criterion, device=device, verbose=verbose)
+        self.target_kind = target_kind
+        self.names = tuple(names)
+
+    def create_evaluator(self, **kwargs: Any) -> EmotionEvaluator | RatingEvaluator:
+        if self.target_kind == 'ratings':
+            return RatingEvaluator(self.device, names=self.names, **kwargs)
+        return EmotionEvaluator(self.device, num_classes=len(self.names), **kwargs)
+
+    def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
+        """What a later stage must know of the affect response: its target kind and the names of its outputs."""
+        return {'target_kind': self.target_kind, 'names': list(self.names)}
+
+    def get_clip_parameters(self, exclude_head: bool = False) -> list[nn.Parameter]:
+        """The parameters to clip; the head of this stage is the affect response."""
+        model = unwrap_model(self.trainable_module)
+        return _parameters_without(model, [model.head_affect] if exclude_head else [])
+
+
+class EmoRegTask(ClassificationTask):
+    """Stage 2: train a classifier whose response is regulated.
+
+    Args:
+        model: The model; in train mode its forward gives both responses from here on.
+        balanced_in: ``'prediction'``: ``CE(y)``; ``'loss'``: ``(1 - r) CE(z) + r CE(z')``, for a fixed balance only.
+        criterion: Loss function. Created from `criterion_kwargs` by timm when None.
+        criterion_kwargs: Arguments for ``timm.loss.create_classification_loss``.
+        device: Device for task tensors.
+
+    Raises:
+        ValueError: For a learned or gated balance in the loss, or a model without classes.
+    """
+
+    def __init__(
+            self,
+            model: EmoReg,
+            balanced_in: str = 'prediction',
+            criterion: nn.Module | Callable | None = None,
+            criterion_kwargs: dict[str, Any] | None = None,
+            device: torch.device | None = None,
+            verbose: bool = True,
+    ):
+        if model.num_classes < 1:
+            raise ValueError('The model has num_classes=0, so there is no response to train. Build it with classes.')
+        kind = model.regulation.kind
+        check_regulation(model.balance if kind == 'fixed' else kind, model.num_affect, model.affect_kind,
+                         model.experience, balanced_in)
+        # a model that comes straight from stage 1 has all of these the other way round
+        for part in (model.head, model.head_emo, model.modulation, model.regulation):
+            if part is not None:
+                part.requires_grad_(True)
+        model.head_affect.requires_grad_(
+            model.experience == 'shared' and (model.modulation is not None or kind == 'gate'))
+        super().__init__(model, criterion, criterion_kwargs, device=device, verbose=verbose)
+        self.balanced_in = balanced_in
+        model.set_training_output('responses')
+
+    def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """Both responses and their loss.
+
+        Args:
+            input: (B, in_chans, H, W).
+            target: (B,) class indices, or (B, C) soft targets.
+
+        Returns:
+            ``loss`` (scalar), ``output`` (y, (B, C)), and for the log, without gradient, ``loss_non_emotional``,
+            ``loss_emotional`` and ``balance`` (means over the batch).
+        """
+        z, z_emo, _, r = self.trainable_module(input)
+        output = regulate(z, z_emo, r)
+        with torch.set_grad_enabled(self.balanced_in == 'loss' and torch.is_grad_enabled()):
+            loss_z, loss_emo = self.criterion(z, target), self.criterion(z_emo, target)
+        if self.balanced_in == 'loss':
+            loss = regulate(loss_z, loss_emo, r[0, 0])
+        else:
+            loss = self.criterion(output, target)
+        return {'loss': loss, 'output': output, 'loss_non_emotional': loss_z.detach(),
+                'loss_emotional': loss_emo.detach(), 'balance': r.detach().float().mean()}
+
+    def get_clip_parameters(self, exclude_head: bool = False) -> list[nn.Parameter]:
+        """The parameters to clip, without those of the two heads if `exclude_head`."""
+        model = unwrap_model(self.trainable_module)
+        return _parameters_without(model, model.get_classifier() if exclude_head else [])

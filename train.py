@@ -1,0 +1,476 @@
+#!/usr/bin/env python3
+"""Train an image classifier with emotional regulation, on timm's own training parts.
+
+    python train.py --model emoreg_resnet18 --dataset emoji       both stages on the embedded emoji
+    python train.py --model emoreg_resnet50                       CIFAR-10, stage 1 on the embedded emoji
+    python train.py --model emoreg_vit_tiny --stimuli ferplus --dataset cifar100 --data-dir DATA
+    python train.py --model emoreg_resnet18 --task plain          the baseline: the bare backbone, same recipe
+    python train.py --resume output/RUN                           go on where a run was stopped
+
+Stage 1 (--task affect) trains backbone and affect response on stimuli; stage 2 (--task emoreg, which runs stage 1
+first unless --experience names its result) trains the regulated classifier. Every flag that timm's script has, too,
+has the same name here. Results go to OUTPUT/EXPERIMENT/TASK: checkpoints, summary.csv, curves.png, result.json.
+"""
+import argparse
+import json
+import math
+import resource
+import signal
+import sys
+import time
+from contextlib import nullcontext
+from datetime import datetime
+from pathlib import Path
+
+import timm
+import torch
+from timm.data import Mixup, resolve_model_data_config
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.task import ClassificationTask
+from timm.utils import (
+    CheckpointSaver,
+    NativeScaler,
+    ParseKwargs,
+    dispatch_clip_grad,
+    distribute_bn,
+    init_distributed_device,
+    is_primary,
+    random_seed,
+    reduce_tensor,
+    unwrap_model,
+    update_summary,
+)
+from timm.utils.summary import trim_summary
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import timm_emoreg
+from timm_emoreg.checkpoint import CheckpointError, load_training_checkpoint, newest_checkpoint, restore_best
+from timm_emoreg.curves import draw_curves
+from timm_emoreg.data import STIMULI, DataError, load_stimuli, load_target
+from timm_emoreg.data.loader import make_loader
+from timm_emoreg.emoreg import create_backbone
+from timm_emoreg.experience import Experience, find_experience, released_experience
+from timm_emoreg.precision import autocast_or_not
+from timm_emoreg.small_image import LARGEST_SIZE, has_small_image_form, small_image_form
+from timm_emoreg.task import AffectTask, EmoRegTask
+
+# -- settings ----------------------------------------------------------------------------------------------------------
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    yes_no = argparse.BooleanOptionalAction
+
+    group = parser.add_argument_group('what to train')
+    group.add_argument('--model', default='emoreg_resnet18', help='emoreg_*, or any timm model as backbone')
+    group.add_argument('--task', default='emoreg', choices=('emoreg', 'affect', 'plain'))
+    group.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs, help='for the backbone, name=value')
+    group.add_argument('--pretrained-backbone', action='store_true', help="start from the backbone's own timm weights")
+    group.add_argument('--drop', type=float, default=None, help='dropout before the classifier')
+    group.add_argument('--drop-path', type=float, default=None, help='stochastic depth')
+    group.add_argument('--small-image', action=yes_no, default=None, help='default: on up to 64 px, if there is a form')
+
+    group = parser.add_argument_group('emotional regulation')
+    group.add_argument('--experience', metavar='PATH-or-tag', help="stage 1's result: checkpoint, folder or weight tag")
+    group.add_argument('--stimuli', help='emoji, ferplus, oasis, nemo, a folder or csv; stage 1 runs first')
+    group.add_argument('--stimuli-labels', help='which labels of the stimuli, e.g. probability for ferplus')
+    group.add_argument('--rating-columns', nargs='+', help='rating columns of a csv of stimuli')
+    group.add_argument('--rating-scale', nargs=2, type=float, metavar=('LOW', 'HIGH'), help='scale of these ratings')
+    group.add_argument('--affect-epochs', type=int, help='epochs of stage 1 (default: --epochs)')
+    group.add_argument('--balance', default='0.5', help="a number in [0, 1], 'learned' or 'gate'")
+    group.add_argument('--balanced-in', default='prediction', choices=('prediction', 'loss'))
+    group.add_argument('--modulation', action=yes_no, default=True, help='affective state modulates the features')
+    group.add_argument('--separate-experience', action='store_true', help='a second, frozen, affective backbone')
+
+    group = parser.add_argument_group('data')
+    group.add_argument('--dataset', default='cifar10', help='cifar10, cifar100, emoji, or a folder per class')
+    group.add_argument('--data-dir', type=Path, help='data sets (default: $EMOREG_DATA, ~/.cache/emoreg-data)')
+    group.add_argument('--img-size', type=int, help='default: 32, and 224 for a folder or csv')
+    group.add_argument('-b', '--batch-size', type=int, help='default: 128, for fewer than 10,000 images 32')
+    group.add_argument('--loader', default='auto', choices=('auto', 'resident', 'timm'))
+    group.add_argument('--workers', type=int, default=2, help="of timm's loader")
+    group.add_argument('--no-aug', action='store_true', help='no augmentation at all')
+    group.add_argument('--hflip', default='random', choices=('random', 'alternate', 'none'))
+    group.add_argument('--cutout', type=int, default=0, help='side of the cut-out square in pixels')
+    group.add_argument('--mixup', type=float, default=0.0)
+    group.add_argument('--cutmix', type=float, default=0.0)
+    group.add_argument('--smoothing', type=float, default=0.1, help='label smoothing')
+
+    group = parser.add_argument_group('recipe')
+    group.add_argument('--epochs', type=int, default=10)
+    group.add_argument('--opt', help='any of timm (default: adamw for stage 1 and for ViT, else sgd)')
+    group.add_argument('--lr', type=float, help='default: 0.1 for sgd at 128 images an update, else 0.001')
+    group.add_argument('--momentum', type=float, default=0.9)
+    group.add_argument('--weight-decay', type=float, help='default: 5e-4 for sgd, 0.05 otherwise')
+    group.add_argument('--layer-decay', type=float)
+    group.add_argument('--sched', default='cosine')
+    group.add_argument('--warmup-epochs', type=float, default=1.0)
+    group.add_argument('--warmup-lr', type=float, default=1e-3, help='times --lr')
+    group.add_argument('--min-lr', type=float, default=1e-3, help='times --lr')
+    group.add_argument('--clip-grad', type=float)
+    group.add_argument('--clip-mode', default='norm', choices=('norm', 'value', 'agc'))
+    group.add_argument('--grad-accum-steps', type=int, default=1)
+    group.add_argument('--model-ema', action='store_true', help='judge and keep averaged weights')
+    group.add_argument('--model-ema-decay', type=float, default=0.998)
+
+    group = parser.add_argument_group('machine')
+    group.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    group.add_argument('--amp', action=yes_no, default=True)
+    group.add_argument('--amp-dtype', default='bfloat16', choices=('bfloat16', 'float16'))
+    group.add_argument('--channels-last', action=yes_no, default=True)
+    group.add_argument('--grad-checkpointing', action='store_true')
+    group.add_argument('--torchcompile', action='store_true')
+    group.add_argument('--sync-bn', action='store_true')
+    group.add_argument('--seed', type=int, default=42)
+
+    group = parser.add_argument_group('output')
+    group.add_argument('--output', type=Path, default=Path('output'))
+    group.add_argument('--experiment', help='name of the folder in --output (default: date, model and data set)')
+    group.add_argument('--resume', type=Path, metavar='RUN', help='output folder to continue, settings included')
+    group.add_argument('--log-interval', type=int, default=50, help='steps between looks at the loss')
+    args = parser.parse_args()
+
+    if args.resume:
+        if not (args.resume / 'args.json').is_file():
+            parser.error(f'--resume {args.resume}: holds no args.json, so it is no output folder of this script.')
+        saved = json.loads((args.resume / 'args.json').read_text())
+        return argparse.Namespace(**{**vars(args), **saved, 'resume': str(args.resume), 'device': args.device})
+    if args.balance not in ('learned', 'gate'):
+        try:
+            args.balance = float(args.balance)
+        except ValueError:
+            parser.error(f"--balance {args.balance}: expected a number in [0, 1], 'learned' or 'gate'.")
+    if not timm.is_model(args.model.split('.')[0]):
+        parser.error(f'--model {args.model}: unknown. timm.list_models() names all, emoreg_* are this package\'s.')
+    if args.task == 'plain' and (args.experience or args.stimuli):
+        parser.error('--task plain trains the bare backbone: --experience and --stimuli have no place in it.')
+    if args.experience and args.stimuli:
+        parser.error("--experience is stage 1's result and --stimuli runs stage 1: give one of them.")
+    args.backbone = timm_emoreg.BACKBONES.get(args.model, args.model)
+    main_set = (args.stimuli or 'emoji') if args.task == 'affect' else args.dataset
+    args.img_size = args.img_size or (32 if main_set in ('cifar10', 'cifar100', *STIMULI) else 224)
+    if args.small_image is None:
+        args.small_image = args.img_size <= LARGEST_SIZE and has_small_image_form(args.backbone)
+    stamp = datetime.now().strftime('%Y%m%d-%H%M%S')
+    args.experiment = args.experiment or f'{stamp}-{args.model}-{main_set.replace("/", "_")}'
+    args.data_dir, args.output, args.resume = str(args.data_dir or '') or None, str(args.output), None
+    return args
+
+
+# -- data and model ----------------------------------------------------------------------------------------------------
+
+
+def stimuli_of(args):
+    options = {'rating_columns': args.rating_columns, 'rating_scale': args.rating_scale} if args.rating_columns else {}
+    return load_stimuli(args.stimuli or 'emoji', args.data_dir, labels=args.stimuli_labels, **options)
+
+
+def build_model(args, task: str, splits, experience: Experience | None):
+    common = dict(args.model_kwargs, small_image=args.small_image, pretrained=args.pretrained_backbone,
+                  drop_rate=args.drop, drop_path_rate=args.drop_path)
+    if args.small_image or timm.get_pretrained_cfg(args.backbone).fixed_input_size:
+        common['img_size'] = args.img_size
+    if task == 'plain':
+        return create_backbone(args.backbone, num_classes=len(splits.target), **common)
+    common['pretrained_backbone'] = common.pop('pretrained')
+    if args.model not in timm_emoreg.BACKBONES:
+        common['backbone'] = args.backbone
+    name = args.model if args.model in timm_emoreg.BACKBONES else 'emoreg'
+    if task == 'affect':
+        return timm.create_model(name, num_classes=0, num_affect=len(splits.target),
+                                 affect_kind=splits.target.affect_kind, **common)
+    model = timm.create_model(name, num_classes=len(splits.target), num_affect=experience.num_affect,
+                              affect_kind=experience.affect_kind, balance=args.balance, modulation=args.modulation,
+                              experience='separate' if args.separate_experience else 'shared', **common)
+    model.load_experience(experience.state_dict)
+    return model
+
+
+def build_task(args, task: str, model, splits, soft_targets: bool, device):
+    if task == 'affect':
+        return AffectTask(model, splits.target.kind, splits.target.names, smoothing=args.smoothing, device=device)
+    criterion = {'smoothing': args.smoothing, 'soft_targets': soft_targets}
+    if task == 'emoreg':
+        return EmoRegTask(model, args.balanced_in, criterion_kwargs=criterion, device=device)
+    return ClassificationTask(model, criterion_kwargs=criterion, device=device)
+
+
+# -- the loop ----------------------------------------------------------------------------------------------------------
+
+
+class Stop(Exception):
+    """Ctrl-C or SIGTERM, heeded between two updates, when a checkpoint of the moment has been written."""
+
+
+received: list[int] = []  # signals since the start
+
+
+def train_epoch(epoch, first_step, task, loader, optimizer, scheduler, scaler, autocast, mixup, saver, args):
+    """One pass over the training set, from batch `first_step` on; gives the mean of each part of the loss."""
+    task.train()
+    accumulate = args.grad_accum_steps
+    updates = len(loader) // accumulate
+    sums = {name: torch.tensor(value, dtype=torch.float64, device=task.device) for name, value in args.sums.items()}
+    loader.set_epoch(epoch, first_step)
+    steps = range(first_step, updates * accumulate)
+    bar = tqdm(zip(steps, loader, strict=False), desc=f'epoch {epoch + 1}', total=updates * accumulate,
+               initial=first_step, leave=False, disable=None)
+    for step, (input, target) in bar:
+        # dropout, stochastic depth and mixup depend on the step alone, so a resumed run draws what an unbroken one does
+        random_seed(args.seed + 7919 * epoch + step, 104_729 * args.rank)
+        if mixup is not None:
+            input, target = mixup(input, target)
+        update = (step + 1) % accumulate == 0
+        with nullcontext() if update else task.no_sync():
+            with autocast():
+                result = task(input, target)
+            loss = result['loss'] / accumulate
+            parameters = task.get_clip_parameters(exclude_head=args.clip_mode == 'agc')
+            if scaler is not None:
+                scaler(loss, optimizer, args.clip_grad, args.clip_mode, parameters, need_update=update)
+            else:
+                loss.backward()
+                if update and args.clip_grad is not None:
+                    dispatch_clip_grad(parameters, args.clip_grad, mode=args.clip_mode)
+                if update:
+                    optimizer.step()
+        for name in result.keys() - {'output'}:
+            sums[name] = sums.get(name, 0) + result[name].detach().double()
+        if task.device.type == 'cpu' or step % args.log_interval == 0 or step + 1 == updates * accumulate:
+            mean = sums['loss'].item() / (step + 1)
+            if not math.isfinite(mean):
+                raise FloatingPointError(f'the loss is {mean} in epoch {epoch + 1}, step {step + 1}')
+            bar.set_postfix(loss=f'{mean:.3f}')
+        if update:
+            optimizer.zero_grad()
+            done = epoch * updates + (step + 1) // accumulate
+            task.update_ema(step=done)
+            scheduler.step_update(num_updates=done)
+            if received and step + 1 < updates * accumulate:
+                args.first_step, args.sums = step + 1, {name: value.item() for name, value in sums.items()}
+                if saver is not None:
+                    saver.save_recovery(epoch, step + 1)
+                raise Stop
+    args.first_step, args.sums = 0, {}
+    names = sorted(sums)
+    means = torch.stack([sums[name] for name in names]) / (updates * accumulate)
+    if args.distributed:
+        means = reduce_tensor(means, args.world_size)
+    return dict(zip(names, means.tolist(), strict=True))
+
+
+@torch.inference_mode()
+def evaluate(task, loader, autocast, args):
+    model = task.get_eval_model(ema=task.has_ema())
+    if isinstance(model, DistributedDataParallel):
+        model = model.module  # ranks may have different numbers of batches, and DDP's forward would wait for them
+    model.eval()
+    evaluator = task.create_evaluator()
+    for input, target in loader:
+        with autocast():
+            output = model(input)
+        evaluator.update(output, target)
+    return evaluator.compute(distributed=args.distributed)
+
+
+def run_stage(args, task_name: str, splits, device, experience: Experience | None = None) -> dict:
+    """Train one stage, choose its best epoch on the validation part, and look at the test part once."""
+    out = Path(args.output) / args.experiment / task_name
+    if (out / 'result.json').is_file():
+        print(f'{out}: finished already', flush=True)
+        return json.loads((out / 'result.json').read_text())
+    out.mkdir(exist_ok=True)
+    start = time.perf_counter()
+
+    # model and task
+    random_seed(args.seed)
+    model = build_model(args, task_name, splits, experience).to(device)
+    if args.channels_last:
+        model.to(memory_format=torch.channels_last)
+    if args.grad_checkpointing:
+        model.set_grad_checkpointing()
+    if args.sync_bn and args.distributed:
+        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    mix = task_name != 'affect' and max(args.mixup, args.cutmix) > 0
+    mixup = None
+    if mix:
+        mixup = Mixup(args.mixup, args.cutmix, label_smoothing=args.smoothing, num_classes=len(splits.target))
+    task = build_task(args, task_name, model, splits, mix, device)
+    if args.model_ema:
+        task.setup_ema(decay=args.model_ema_decay, use_warmup=True)
+    if args.torchcompile:
+        task.compile()
+    if args.distributed:
+        task.prepare_distributed(device_ids=[device] if device.type == 'cuda' else None)
+
+    # data
+    size, whole_batch = (args.img_size, args.img_size), args.batch_size or (128 if len(splits.train) >= 10_000 else 32)
+    batch_size = max(whole_batch // (args.world_size * args.grad_accum_steps), 1)
+    if task_name == 'affect' and splits.target.kind == 'ratings' and batch_size < 2:
+        raise DataError(f'1 - CCC needs 2 images or more a step, --batch-size {whole_batch} gives {batch_size} a '
+                        f'process and accumulation step. Use at least {2 * args.world_size * args.grad_accum_steps}.')
+    train_loader, validation_loader, test_loader = (make_loader(
+        part, size, batch_size, resolve_model_data_config(model), training=part is splits.train, kind=args.loader,
+        device=device, augment=not args.no_aug, flip=args.hflip if splits.flip_safe else 'none', cutout=args.cutout,
+        seed=args.seed, channels_last=args.channels_last, workers=args.workers, rank=args.rank,
+        world_size=args.world_size) for part in (splits.train, splits.validation, splits.test))
+
+    # recipe
+    epochs = args.affect_epochs or args.epochs if task_name == 'affect' else args.epochs
+    # Short runs on few faces or emoji hardly start under SGD at the rate that suits CIFAR; AdamW learns at once.
+    opt = args.opt or ('adamw' if task_name == 'affect' or 'vit' in args.backbone else 'sgd')
+    sgd = opt in ('sgd', 'momentum')
+    lr = args.lr or (0.1 * whole_batch / 128 if sgd else 1e-3)
+    weight_decay = (5e-4 if sgd else 0.05) if args.weight_decay is None else args.weight_decay
+    updates = len(train_loader) // args.grad_accum_steps
+    optimizer = create_optimizer_v2(model, opt=opt, lr=lr, weight_decay=weight_decay, momentum=args.momentum,
+                                    layer_decay=args.layer_decay)
+    scheduler, _ = create_scheduler_v2(
+        optimizer, args.sched, num_epochs=epochs, warmup_epochs=min(args.warmup_epochs, epochs / 4),
+        warmup_lr=args.warmup_lr * lr, min_lr=args.min_lr * lr, step_on_epochs=False, updates_per_epoch=updates)
+    autocast, precision = autocast_or_not(device, args.amp_dtype if args.amp else None)
+    scaler = NativeScaler(device.type) if precision == 'float16' else None
+    metric = task.create_evaluator().default_metric
+    form = small_image_form(getattr(unwrap_model(model), 'backbone', unwrap_model(model)))
+    say(args, f'{task_name}: {args.model} ({form}, {args.img_size} px, '
+              f'{sum(p.numel() for p in model.parameters()):,} parameters) on {splits.summary()}; {epochs} epochs, '
+              f'{opt}, lr {lr:g}, batch {whole_batch}, {precision}, {type(train_loader).__name__} on {device}')
+
+    # where a stopped run goes on
+    args.first_step, args.sums, first_epoch = 0, {}, 0
+    saver = None
+    if is_primary(args):
+        saver = CheckpointSaver(unwrap_model(model), optimizer, args=args, amp_scaler=scaler, task=task, max_history=1,
+                                checkpoint_dir=str(out), recovery_dir=str(out))
+    found = newest_checkpoint(out)
+    if found:
+        state = load_training_checkpoint(found)
+        task.load_checkpoint_state(state['state_dict'], state.get('task_state'))
+        if args.model_ema:
+            task.load_checkpoint_state(state['state_dict_ema'], state.get('task_state_ema'), ema=True)
+        optimizer.load_state_dict(state['optimizer'])
+        if scaler is not None:
+            scaler.load_state_dict(state[scaler.state_dict_key])
+        args.first_step, args.sums = state['args'].first_step, state['args'].sums
+        first_epoch = state['epoch'] if args.first_step else state['epoch'] + 1
+        scheduler.step_update(num_updates=first_epoch * updates + args.first_step // args.grad_accum_steps)
+        if saver is not None:
+            saver.load_state_dict(state['saver'])
+            restore_best(out, saver.best_epoch)
+            trim_summary(str(out / 'summary.csv'), first_epoch)
+        say(args, f'{found}: going on with epoch {first_epoch + 1}, step {args.first_step + 1}')
+
+    for epoch in range(first_epoch, epochs):
+        began = time.perf_counter()
+        parts = train_epoch(epoch, args.first_step, task, train_loader, optimizer, scheduler, scaler, autocast, mixup,
+                            saver, args)
+        if args.distributed:
+            distribute_bn(unwrap_model(model), args.world_size, reduce=True)
+        scores = evaluate(task, validation_loader, autocast, args)
+        if saver is not None:
+            lr_now = max(group['lr'] for group in optimizer.param_groups)  # at the end of the epoch
+            update_summary(epoch, parts, scores, str(out / 'summary.csv'), lr=lr_now)
+            saver.save_checkpoint(epoch, metric=scores[metric])
+            for recovery in out.glob('recovery-*.pth.tar'):
+                recovery.unlink()
+        say(args, f'epoch {epoch + 1}/{epochs}: ' + ', '.join(f'{k} {v:.4g}' for k, v in parts.items())
+            + '; validation ' + ', '.join(f'{k} {v:.4g}' for k, v in scores.items())
+            + f'; {time.perf_counter() - began:.0f} s')
+        if received:
+            raise Stop
+
+    # the best epoch, and the one look at the test part
+    if args.distributed:
+        torch.distributed.barrier()
+    state = load_training_checkpoint(out / 'model_best.pth.tar')
+    ema = task.has_ema()
+    task.load_checkpoint_state(state['state_dict_ema' if ema else 'state_dict'], ema=ema)
+    test = evaluate(task, test_loader, autocast, args)
+    peak = torch.cuda.max_memory_allocated(device) if device.type == 'cuda' else (
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    result = {
+        'task': task_name, 'model': args.model, 'form': form, 'img_size': args.img_size, 'data': splits.name,
+        'seed': args.seed, 'epochs': epochs, 'best_epoch': state['epoch'] + 1, 'metric': metric,
+        'validation': state['metric'], 'test': dict(test), 'balance': getattr(unwrap_model(model), 'balance', None),
+        'experience': experience.source if experience else None, 'checkpoint': str(out / 'model_best.pth.tar'),
+        'seconds': round(time.perf_counter() - start, 1), 'peak_memory_gb': round(peak / 2**30, 2),
+        'precision': precision, 'device': torch.cuda.get_device_name(device) if device.type == 'cuda' else (
+            f'CPU, {torch.get_num_threads()} threads'),
+    }
+    if is_primary(args):
+        draw_curves(out / 'summary.csv', out / 'curves.png', metric, f'{args.experiment}: {task_name}')
+        write_json(out / 'result.json', result)
+    return result
+
+
+# -- the stages --------------------------------------------------------------------------------------------------------
+
+
+def say(args, text: str) -> None:
+    if is_primary(args):
+        print(text, flush=True)
+
+
+def write_json(path: Path, content: dict) -> None:
+    part = path.with_name(path.name + '.part')
+    part.write_text(json.dumps(content, indent=1))
+    part.replace(path)
+
+
+def run(args) -> None:
+    device = init_distributed_device(args)
+    args.device = str(device)
+    folder = Path(args.output) / args.experiment
+    # the data first: what is missing there must not leave a folder behind
+    target = None if args.task == 'affect' else load_target(args.dataset, args.data_dir)
+    if args.task == 'emoreg' and not args.stimuli and args.dataset != 'emoji':  # the emoji show both stages
+        args.experience = args.experience or released_experience(args.model, args.small_image, args.img_size)
+    experience = find_experience(args.experience) if args.experience else None
+    stage_1 = args.task != 'plain' and experience is None
+    stimuli = stimuli_of(args) if stage_1 else None
+    if is_primary(args) and not args.resume:
+        if folder.exists():
+            raise DataError(f'{folder} exists. Continue it with --resume {folder}, or choose another --experiment.')
+        folder.mkdir(parents=True)
+        write_json(folder / 'args.json', vars(args))
+    if args.distributed:
+        torch.distributed.barrier()
+
+    results = []
+    if stage_1:
+        say(args, f'experience: none given, so stage 1 runs first, on {stimuli.name}')
+        results.append(run_stage(args, 'affect', stimuli, device))
+        experience = find_experience(str(folder / 'affect'))
+    if args.task != 'affect':
+        if experience is not None:
+            say(args, f'experience: {experience.source}, affect response of {experience.num_affect} '
+                      f'({", ".join(experience.names) or experience.affect_kind})')
+        results.append(run_stage(args, args.task, target, device, experience))
+    for result in results:
+        say(args, json.dumps(result))
+
+
+def main() -> int:
+    args = parse_args()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: received.append(number))
+    again = f'python train.py --resume {Path(args.output) / args.experiment}'
+    try:
+        run(args)
+    except Stop:
+        print(f'train.py: stopped. Go on with: {again}', file=sys.stderr)
+        return 128 + received[0]
+    except FloatingPointError as e:
+        good = newest_checkpoint(Path(args.output) / args.experiment / args.task)
+        print(f'train.py: {e}. The last good checkpoint is {good}. Lower --lr or add --clip-grad 1.', file=sys.stderr)
+        return 1
+    except (DataError, CheckpointError, OSError) as e:
+        print(f'train.py: {e}', file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
