@@ -1,0 +1,459 @@
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from unittest import mock
+
+import loopback_hub
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+
+import timm_emoreg
+from timm_emoreg import emoreg_resnet, emoreg_vit, release, weights, zoo
+from timm_emoreg.cards import run_snippets
+from timm_emoreg.emoreg import EmoReg
+from timm_emoreg.hub import check, main, publish
+from timm_emoreg.release import ROOT, HubError, build
+from timm_emoreg.zoo import HUB_FILE, read_records, write_records
+
+NAME = 'emoreg_resnet18.emoji'
+COMMIT = 'a' * 40
+X = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+spec = release.importlib.util.spec_from_file_location('emoreg_train', ROOT / 'train.py')
+train = release.importlib.util.module_from_spec(spec)
+spec.loader.exec_module(train)
+
+
+def settings(*command):
+    with mock.patch.object(sys, 'argv', ['train.py', *command]):
+        return vars(train.parse_args())
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """Two architectures of this package around timm's smallest backbones."""
+    for backbones in (emoreg_resnet.BACKBONES, timm_emoreg.BACKBONES):
+        monkeypatch.setitem(backbones, 'emoreg_resnet18', 'test_resnet')
+    for backbones in (emoreg_vit.BACKBONES, timm_emoreg.BACKBONES):
+        monkeypatch.setitem(backbones, 'emoreg_vit_tiny', 'test_vit')
+
+
+@pytest.fixture
+def home(tmp_path):
+    """A checkout as far as the command needs one."""
+    folder = tmp_path / 'home'
+    (folder / 'timm_emoreg' / 'assets' / 'weights').mkdir(parents=True)
+    (folder / 'timm_emoreg' / 'assets' / 'weights.json').write_text('[]')
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path, tiny):
+    """Writes what train.py leaves of a stage, with a model that was never trained."""
+    def write(task='affect', seed=0, validation=0.5, test=0.4, model='emoreg_resnet18', more=(),
+              change=lambda state: None, experience=None, folder=None, names=('valence',), kind='ratings'):
+        folder = folder or tmp_path / f'{task}-{model}-{seed}'
+        command = ['--model', model, '--task', task, '--seed', str(seed), '--output', str(tmp_path), *more]
+        command += ['--experience', str(experience)] if experience else []
+        if task != 'affect':
+            command += ['--dataset', 'emoji']
+        args = settings(*command)
+        out = folder / task
+        out.mkdir(parents=True)
+        (folder / 'args.json').write_text(json.dumps(args))
+        metric = 'top1' if task != 'affect' else 'ccc'
+        (out / 'result.json').write_text(json.dumps({
+            'task': task, 'model': model, 'form': 'small', 'img_size': 32, 'data': 'emoji', 'metric': metric,
+            'validation': validation, 'seed': seed, 'seconds': 2.0, 'experience': str(experience),
+            'test': {'loss': 1.0, metric: test, f'{metric}_valence': test, 'rmse': 0.7}}))
+        if task != 'plain':
+            torch.manual_seed(seed)
+            net = EmoReg(timm_emoreg.BACKBONES[model], num_classes=0 if task == 'affect' else 9, num_affect=len(names),
+                         affect_kind='ratings' if kind == 'ratings' else 'emotion', small_image=True, img_size=32)
+            state = net.state_dict()
+            change(state)
+            torch.save({'state_dict': state, 'epoch': 0,
+                        'task_state': {'target_kind': kind, 'names': list(names)} if task == 'affect' else {}},
+                       out / 'model_best.pth.tar')
+        return out / 'result.json'
+    return write
+
+
+@pytest.fixture
+def built(run, home):
+    """A good, waiting weight in a home of its own."""
+    return build(NAME, [run()], home=home, commit=COMMIT)
+
+
+def alter(home, **changes):
+    path = home / 'timm_emoreg' / 'assets' / 'weights.json'
+    records = read_records(path)
+    write_records({**records, NAME: replace(records[NAME], **changes)}, path)
+
+
+# -- build -------------------------------------------------------------------------------------------------------------
+
+
+def test_build_releases_the_best_of_the_seeds(run, home):
+    results = [run(seed=3, validation=0.5, test=0.40), run(seed=4, validation=0.7, test=0.60).parent]
+    weight = build(NAME, results, home=home, commit=COMMIT)
+    assert weight.seeds == (4, 3)
+    assert weight.metrics['ccc'] == {'weight': 0.6, 'n': 2, 'mean': 0.5, 'sd': 0.1414}
+    assert set(weight.metrics) == {'ccc', 'rmse'}  # the only dimension is not told twice
+    assert weight.baseline == {}
+    assert (weight.licence, weight.stimuli_labels, weight.commit) == ('cc-by-sa-4.0', 'valence', COMMIT)
+    assert weight.logit_difference > 0
+    assert read_records(home / 'timm_emoreg/assets/weights.json') == {NAME: weight}
+    folder = home / 'hub_cards' / NAME
+    assert sorted(p.name for p in folder.iterdir()) == ['README.md', 'config.json', HUB_FILE]
+    assert sorted(p.name for p in home.iterdir()) == ['hub_cards', 'timm_emoreg']
+    state = torch.load(results[1] / 'model_best.pth.tar')['state_dict']
+    loaded = load_file(folder / HUB_FILE)
+    assert all(torch.equal(loaded[k], t.half() if t.is_floating_point() else t) for k, t in state.items())
+    model = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
+    net = EmoReg('test_resnet', num_classes=0, num_affect=1, affect_kind='ratings', small_image=True, img_size=32)
+    net.eval().load_state_dict(loaded)
+    with torch.no_grad():
+        assert torch.equal(model.forward_affect(X), net.forward_affect(X))
+    assert check(NAME, home) == []
+
+
+def test_build_into_the_package_and_back(run, home):
+    embedded = build(NAME, [run()], home=home, embed=True, default=True, commit=COMMIT)
+    assert [p.name for p in (home / 'timm_emoreg/assets/weights').iterdir()] == [f'{NAME}.safetensors']
+    assert (home / 'timm_emoreg/assets/weights' / f'{NAME}.safetensors').stat().st_mode & 0o777 == 0o644
+    assert sorted(p.name for p in (home / 'hub_cards' / NAME).iterdir()) == ['README.md', 'config.json']
+    assert check(NAME, home, run=False) == []
+    waiting = build(NAME, [run(folder=home.parent / 'again')], home=home, commit=COMMIT)
+    assert waiting.sha256 == embedded.sha256  # equal runs give equal bytes
+    assert not list((home / 'timm_emoreg/assets/weights').iterdir())
+    assert (home / 'hub_cards' / NAME / HUB_FILE).exists()
+
+
+def test_build_of_stage_2_with_its_baseline(run, home):
+    stage_1 = run()
+    results = [run('emoreg', seed=s, test=60 + s, experience=stage_1.parent, more=['--balance', '0.3']) for s in (0, 1)]
+    plain = [run('plain', seed=s, test=50 + s) for s in (0, 1, 2)]
+    weight = build('emoreg_resnet18.emoji_ft_emoji', results, plain, home=home, commit=COMMIT)
+    assert weight.base == NAME
+    assert weight.model_args['balance'] == 0.3
+    assert weight.baseline['top1'] == {'weight': 50, 'n': 3, 'mean': 51, 'sd': 1.0}
+    assert weight.label_names[0] == 'Smileys & Emotion'
+    assert weight.affect_names == ('valence',)
+    assert check(weight.name, home) == []
+    card = (home / 'hub_cards' / weight.name / 'README.md').read_text()
+    assert '| accuracy | 60.0 % | 60.5 ± 0.7 % (n = 2) | 51.0 ± 1.0 % (n = 3) |' in card
+
+
+def test_one_default_an_architecture(run, home):
+    stage_1 = run()
+    build(NAME, [stage_1], home=home, default=True, commit=COMMIT)
+    stage_2 = run('emoreg', experience=stage_1.parent)
+    build('emoreg_resnet18.emoji_ft_emoji', [stage_2], home=home, default=True, commit=COMMIT)
+    assert {n: w.default for n, w in read_records(home / 'timm_emoreg/assets/weights.json').items()} == {
+        NAME: False, 'emoreg_resnet18.emoji_ft_emoji': True}
+
+
+def test_build_of_a_fixed_size_backbone(run, home):
+    weight = build('emoreg_vit_tiny.emoji', [run(model='emoreg_vit_tiny')], home=home, commit=COMMIT)
+    assert weight.model_args['img_size'] == 32
+    assert check(weight.name, home) == []
+
+
+def test_recipe_gives_the_settings_again(run, home):
+    more = ['--epochs', '7', '--no-amp', '--model-ema', '--stimuli', 'emoji', '--lr', '0.02', '--hflip', 'none']
+    result = run(seed=9, more=more)
+    weight = build(NAME, [result], home=home, commit=COMMIT)
+    command = shlex.split(weight.recipe)
+    assert command[:2] == ['python', 'train.py']
+    again, args = settings(*command[2:]), json.loads((result.parents[1] / 'args.json').read_text())
+    different = {k for k in again if again[k] != args[k]}
+    assert different <= {'output', 'experiment', 'data_dir', 'dataset'}
+    assert weight.recipe.endswith('--seed 9')
+    assert str(home.parent) not in weight.recipe
+
+
+def nan(state):
+    state['head_affect.bias'][0] = float('nan')
+
+
+def huge(state):
+    state['head_affect.weight'][0] = 1e6
+
+
+@pytest.mark.parametrize(('runs', 'words'), [
+    (lambda run: [run(seed=1), run(seed=2, more=['--epochs', '3'])], 'another recipe .*epochs'),
+    (lambda run: [run(seed=1), run(seed=1, folder=run().parents[2] / 'twice')], 'the same seed'),
+    (lambda run: [run(model='emoreg_vit_tiny')], 'the runs are of emoreg_vit_tiny.emoji'),
+    (lambda run: [run('plain')], 'a plain backbone'),
+    (lambda run: [run(change=nan)], 'head_affect.bias is not finite in 16 bits'),
+    (lambda run: [run(change=huge)], r'head_affect.weight is not finite in 16 bits .*1e\+06'),
+    (lambda run: [run(more=['--stimuli', '/my/faces'])], 'are your own'),
+    (lambda run: [run().parent / 'nothing.json'], 'no result of a run'),
+    (lambda run: [run().with_name('model_best.pth.tar')], 'no result of a run'),
+])
+def test_build_refuses(run, home, runs, words):
+    with pytest.raises(HubError, match=words):
+        build(NAME, runs(run), home=home, commit=COMMIT)
+    assert read_records(home / 'timm_emoreg/assets/weights.json') == {}
+    assert not (home / 'hub_cards').exists()
+
+
+def test_build_refuses_another_baseline(run, home):
+    for other, words in ((run('plain', model='emoreg_vit_tiny'), 'not the plain baseline'), (run(), 'not the plain')):
+        with pytest.raises(HubError, match=words):
+            build(NAME, [run(seed=5, folder=home.parent / words / other.parent.name)], [other], home=home)
+
+
+def test_published_commit_stays_with_its_bytes(run, home, built):
+    alter(home, hub_commit='b' * 40)
+    same = build(NAME, [run(folder=home.parent / 'same')], home=home, commit=COMMIT)
+    assert same.hub_commit == 'b' * 40
+    other = build(NAME, [run(seed=8)], home=home, commit=COMMIT)
+    assert other.hub_commit is None
+
+
+def test_commit_of_the_project(tmp_path):
+    def git(*command):
+        subprocess.run(['git', '-C', str(tmp_path), '-c', 'user.name=n', '-c', 'user.email=e', *command], check=True,
+                       capture_output=True)
+    assert release.project_commit(tmp_path) == 'unknown'
+    git('init', '-q')
+    assert release.project_commit(tmp_path) == 'unknown'
+    (tmp_path / 'timm_emoreg' / 'assets').mkdir(parents=True)
+    (tmp_path / 'train.py').write_text('1')
+    git('add', '.')
+    git('commit', '-qm', 'm')
+    commit = release.project_commit(tmp_path)
+    assert len(commit) == 40
+    (tmp_path / 'timm_emoreg' / 'assets' / 'weights.json').write_text('[]')
+    (tmp_path / 'README.md').write_text('')
+    assert release.project_commit(tmp_path) == commit  # neither records nor texts train a weight
+    (tmp_path / 'train.py').write_text('2')
+    assert release.project_commit(tmp_path) == f'{commit}-dirty'
+
+
+def test_from_training_to_the_hub(hub, tiny, home, tmp_path, monkeypatch):
+    """What train.py really leaves is what the command reads."""
+    monkeypatch.setattr(sys, 'argv', ['train.py', '--model', 'emoreg_resnet18', '--dataset', 'emoji', '--epochs', '1',
+                                      '--img-size', '16', '--batch-size', '128', '--no-amp', '--balance', 'learned',
+                                      '--output', str(tmp_path), '--experiment', 'run'])
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    assert train.main() == 0
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    runs = tmp_path / 'run'
+    one = build(NAME, [runs / 'affect'], home=home, commit=COMMIT)
+    two = build('emoreg_resnet18.emoji_ft_emoji', [runs / 'emoreg'], home=home, commit=COMMIT,
+                experience=str(runs))
+    assert one.input_size == two.input_size == (3, 16, 16)
+    assert two.model_args['balance'] == 'learned'
+    assert two.hardware.startswith('CPU' if not torch.cuda.is_available() else torch.cuda.get_device_name())
+    assert '--experience emoreg_resnet18.emoji --dataset emoji' in two.recipe
+    assert '--balance learned' in two.recipe
+    assert '--balance' not in one.recipe
+    for weight in (one, two):
+        assert check(weight.name, home) == []
+        assert publish(weight.name, home, push=True, token=loopback_hub.TOKEN).hub_commit
+
+
+# -- check -------------------------------------------------------------------------------------------------------------
+
+
+def spoil(name, change):
+    def do(folder):
+        path = folder / name
+        path.write_bytes(change(path.read_bytes()))
+    return do
+
+
+@pytest.mark.parametrize(('damage', 'words'), [
+    (spoil(HUB_FILE, lambda b: b[:-1] + bytes([b[-1] ^ 1])), 'sha256'),
+    (spoil(HUB_FILE, lambda b: b[:-1]), 'bytes'),
+    (lambda folder: (folder / HUB_FILE).unlink(), f'{HUB_FILE} is missing'),
+    (lambda folder: (folder / 'README.md').unlink(), 'README.md is missing'),
+    (lambda folder: (folder / 'pytorch_model.bin').write_bytes(b''), 'pytorch_model.bin does not belong there'),
+    (spoil('config.json', lambda b: b.replace(b'"small_image": true', b'"small_image": 1')), 'config.json is not what'),
+    (spoil('README.md', lambda b: b.replace(b'0.4', b'0.9')), 'README.md is not what the record says'),
+    (spoil('README.md', lambda b: b.replace(b'license: cc-by-sa-4.0', b'license: mit')), 'allow cc-by-sa-4.0 only'),
+])
+def test_check_finds_damage(built, home, damage, words):
+    damage(home / 'hub_cards' / NAME)
+    assert words in '\n'.join(check(NAME, home, run=False))
+
+
+@pytest.mark.parametrize(('changes', 'words'), [
+    ({'licence': 'mit'}, 'allow cc-by-sa-4.0 only'),
+    ({'metrics': {}}, 'the record holds no numbers'),
+    ({'metrics': {'ccc': {'weight': float('nan'), 'n': 1, 'mean': 0.0, 'sd': None}}}, 'not finite'),
+    ({'size': 5}, 'expected 5'),
+    ({'affect_names': ('a', 'b'), 'model_args': {'num_affect': 2}}, 'shape'),
+])
+def test_check_finds_a_wrong_record(built, home, changes, words):
+    if 'model_args' in changes:
+        changes = {**changes, 'model_args': {**built.model_args, **changes['model_args']}}
+    alter(home, **changes)
+    assert words in '\n'.join(check(NAME, home, run=False))
+
+
+def test_check_weighs_the_files(built, home, monkeypatch):
+    monkeypatch.setattr('timm_emoreg.hub.WAITING_LIMIT', built.size - 1)
+    assert 'bytes are too many for a waiting file' in '\n'.join(check(NAME, home, run=False))
+
+
+def test_check_runs_the_snippets(built, home, monkeypatch):
+    monkeypatch.setattr(EmoReg, 'forward_affect', lambda self, x: 1 / 0)
+    assert 'snippet 1 fails: ZeroDivisionError' in '\n'.join(check(NAME, home))
+
+
+# -- publish -----------------------------------------------------------------------------------------------------------
+
+
+def test_dry_run_shows_everything_and_sends_nothing(hub, built, home, capsys):
+    publish(NAME, home)
+    out = capsys.readouterr().out
+    for part in ('config.json', 'README.md', HUB_FILE):
+        path = home / 'hub_cards' / NAME / part
+        assert f'{path.stat().st_size:,} bytes  sha256 {release.sha256_of(path)}' in out
+    assert 'dry run' in out
+    assert not hub.requests
+    assert read_records(home / 'timm_emoreg/assets/weights.json')[NAME].hub_commit is None
+
+
+@pytest.mark.parametrize('commit', ['unknown', 'a' * 40 + '-dirty', ''])
+def test_publish_refuses_a_dirty_record(hub, run, home, commit):
+    build(NAME, [run()], home=home, commit=commit or 'unknown')
+    alter(home, commit=commit)
+    with pytest.raises(HubError, match='the record is dirty'):
+        publish(NAME, home, push=True, token=loopback_hub.TOKEN)
+    assert not hub.requests
+
+
+def test_publish_refuses_what_check_finds(hub, built, home):
+    (home / 'hub_cards' / NAME / 'optimizer.pkl').write_bytes(b'')
+    with pytest.raises(HubError, match='no pickles'):
+        publish(NAME, home, push=True, token=loopback_hub.TOKEN)
+    assert not hub.requests
+
+
+def test_push(hub, built, home, capsys, monkeypatch):
+    weight = publish(NAME, home, push=True, token=loopback_hub.TOKEN)
+    repository = hub.repositories[built.hub_id]
+    assert len(repository.commits) == 2  # the Hub's own first one, and one for all files
+    files = repository.commits[weight.hub_commit]
+    assert sorted(files) == ['.gitattributes', 'README.md', 'config.json', HUB_FILE]
+    assert repository.tags == {f'v{timm_emoreg.__version__}-{built.sha256[:8]}': weight.hub_commit}
+    assert weight.hub_commit in capsys.readouterr().out
+    assert read_records(home / 'timm_emoreg/assets/weights.json')[NAME] == weight
+    assert hub.count('GET', '/objects/') == 1  # fetched again
+
+    card = files['README.md'].decode()
+    assert f"'hf-hub:{built.hub_id}'" in card
+    assert 'valence' in run_snippets(card)[0]  # as printed, from the Hub
+    model = timm.create_model(f'hf-hub:{built.hub_id}@{weight.hub_commit}', pretrained=True)
+    assert model.num_affect == 1
+
+    monkeypatch.setitem(zoo.WEIGHTS, NAME, weight)
+    layout = weights.layout_of(weight, 'test_resnet')
+    found = weights.find_file(weight, layout, home / 'cache')
+    assert found.read_bytes() == files[HUB_FILE]
+
+    again = publish(NAME, home, push=True, token=loopback_hub.TOKEN)
+    assert again.hub_commit == weight.hub_commit
+    assert len(repository.commits) == 2  # nothing new, no new commit
+
+
+def test_push_of_a_newer_card_moves_the_tag(hub, built, home):
+    first = publish(NAME, home, push=True, token=loopback_hub.TOKEN)
+    alter(home, seconds=3.0)
+    assert main(['card', NAME, '--home', str(home)]) == 0
+    second = publish(NAME, home, push=True, token=loopback_hub.TOKEN)
+    assert second.hub_commit != first.hub_commit
+    assert list(hub.repositories[built.hub_id].tags.values()) == [second.hub_commit]
+
+
+def test_push_under_another_owner(hub, built, home):
+    weight = publish(NAME, home, push=True, organisation='someone', token=loopback_hub.TOKEN)
+    assert list(hub.repositories) == [f'someone/{NAME}']
+    assert f"'hf-hub:someone/{NAME}'" in (home / 'hub_cards' / NAME / 'README.md').read_text()
+    assert read_records(home / 'timm_emoreg/assets/weights.json')[NAME] == weight
+
+
+def test_what_comes_back_with_other_bytes_is_not_recorded(hub, built, home):
+    hub.fail('large', loopback_hub.sending(lambda data: bytes(len(data))))
+    with pytest.raises(HubError, match=r'came back .* other bytes'):
+        publish(NAME, home, push=True, token=loopback_hub.TOKEN)
+    assert hub.repositories[built.hub_id].tags == {}
+    assert read_records(home / 'timm_emoreg/assets/weights.json')[NAME].hub_commit is None
+    assert publish(NAME, home, push=True, token=loopback_hub.TOKEN).hub_commit
+
+
+@pytest.mark.parametrize('token', [None, 'hf_stranger'])
+def test_push_without_permission(hub, built, home, token):
+    with pytest.raises(HubError, match=r'the Hub refuses.*hf auth login'):
+        publish(NAME, home, push=True, token=token)
+    assert not hub.repositories
+
+
+def test_pushed_weight_loads_in_a_clean_process(hub, home, tmp_path):
+    """With the real architecture, since a clean process knows of no other."""
+    net = EmoReg('resnet18', num_classes=0, num_affect=1, affect_kind='ratings', small_image=True, img_size=32).eval()
+    out = tmp_path / 'real' / 'affect'
+    out.mkdir(parents=True)
+    torch.save({'state_dict': net.state_dict(), 'task_state': {'target_kind': 'ratings', 'names': ['valence']}},
+               out / 'model_best.pth.tar')
+    (out.parent / 'args.json').write_text(json.dumps(settings('--task', 'affect')))
+    (out / 'result.json').write_text(json.dumps({
+        'task': 'affect', 'model': 'emoreg_resnet18', 'form': 'small', 'img_size': 32, 'data': 'emoji', 'metric': 'ccc',
+        'validation': 0.1, 'test': {'ccc': 0.1}, 'seed': 0, 'seconds': 1.0}))
+    built = build(NAME, [out], home=home, commit=COMMIT)
+    publish(NAME, home, push=True, token=loopback_hub.TOKEN)
+    script = ('import timm, torch, timm_emoreg\n'
+              f'm = timm.create_model("hf-hub:{built.hub_id}", pretrained=True).eval()\n'
+              'print(m.forward_affect(torch.ones(1, 3, 32, 32)).item())')
+    env = {**os.environ, 'PYTHONPATH': str(ROOT), 'HF_HOME': str(tmp_path / 'hf')}
+    done = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True, env=env, timeout=120)
+    assert done.returncode == 0, done.stderr
+    net.load_state_dict({k: t.half() if t.is_floating_point() else t for k, t in net.state_dict().items()})
+    with torch.no_grad():
+        assert float(done.stdout) == pytest.approx(net.forward_affect(torch.ones(1, 3, 32, 32)).item(), rel=1e-5)
+
+
+# -- command line ------------------------------------------------------------------------------------------------------
+
+
+def test_command_line(run, home, capsys, tmp_path):
+    place = ['--home', str(home)]
+    assert main(['build', NAME, str(run()), '--commit', COMMIT, *place]) == 0
+    assert 'sha256' in capsys.readouterr().out
+    assert main(['check', '--all', *place]) == 0
+    assert capsys.readouterr().out == f'{NAME}: good\n'
+    assert main(['publish', NAME, *place]) == 0
+    assert 'dry run' in capsys.readouterr().out
+    assert main(['table', *place]) == 0
+    table = capsys.readouterr().out.strip()
+    assert NAME in table
+    readme = tmp_path / 'README.md'
+    readme.write_text('a\n<!-- weights -->\nold\n<!-- /weights -->\nb\n')
+    assert main(['table', '--write', str(readme), *place]) == 0
+    assert readme.read_text() == f'a\n<!-- weights -->\n{table}\n<!-- /weights -->\nb\n'
+    readme.write_text('nothing')
+    assert main(['table', '--write', str(readme), *place]) == 1
+    (home / 'hub_cards' / NAME / 'README.md').write_text('x')
+    assert main(['check', NAME, *place]) == 1
+    assert main(['publish', '--all', *place]) == 1
+    assert 'is not published' in capsys.readouterr().err
+    assert main(['check', 'emoreg_resnet18.faces', *place]) == 1
+    assert f'Known: {NAME}' in capsys.readouterr().err
+    assert main(['check', '--all', '--home', str(tmp_path)]) == 1
+    for wrong in (['check'], ['publish', NAME, '--all'], []):
+        with pytest.raises(SystemExit):
+            main([*wrong, *place])
