@@ -101,7 +101,7 @@ def parse_args() -> argparse.Namespace:
     group = parser.add_argument_group('recipe')
     group.add_argument('--epochs', type=int, default=10)
     group.add_argument('--opt', help='any of timm (default: adamw for stage 1 and for ViT, else sgd)')
-    group.add_argument('--lr', type=float, help='default: 0.1 for sgd at 128 images an update, else 0.001')
+    group.add_argument('--lr', type=float, help='default: 0.1 for sgd, else 0.001, at 128 images an update')
     group.add_argument('--momentum', type=float, default=0.9)
     group.add_argument('--weight-decay', type=float, help='default: 5e-4 for sgd, 0.05 otherwise')
     group.add_argument('--layer-decay', type=float)
@@ -322,7 +322,7 @@ def run_stage(args, task_name: str, splits, device, experience: Experience | Non
     # Short runs on few faces or emoji hardly start under SGD at the rate that suits CIFAR; AdamW learns at once.
     opt = args.opt or ('adamw' if task_name == 'affect' or 'vit' in args.backbone else 'sgd')
     sgd = opt in ('sgd', 'momentum')
-    lr = args.lr or (0.1 * whole_batch / 128 if sgd else 1e-3)
+    lr = args.lr or (0.1 if sgd else 1e-3) * whole_batch / 128
     weight_decay = (5e-4 if sgd else 0.05) if args.weight_decay is None else args.weight_decay
     updates = len(train_loader) // args.grad_accum_steps
     optimizer = create_optimizer_v2(model, opt=opt, lr=lr, weight_decay=weight_decay, momentum=args.momentum,

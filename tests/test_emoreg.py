@@ -167,6 +167,8 @@ def test_balance_can_be_set():
     model.balance = 'gate'  # reads the affect response, which must now learn
     assert model.balance == 'gate'
     assert model.head_affect.weight.requires_grad
+    model.balance = 'gate'
+    assert model.head_affect.weight.requires_grad
     model.head_affect.requires_grad_(False)
     model.balance = 'gate'
     assert not model.head_affect.weight.requires_grad
@@ -302,6 +304,11 @@ def test_the_cfg_that_timms_scripts_resolve_gives_way_to_the_backbones():
     assert (model.pretrained_cfg['mean'], model.pretrained_cfg['first_conv']) == (own.mean, 'backbone.patch_embed.proj')
     overlay = timm.create_model('emoreg', backbone='test_vit', pretrained_cfg_overlay={'mean': (0.1, 0.2, 0.3)})
     assert overlay.pretrained_cfg['mean'] == (0.1, 0.2, 0.3)
+
+
+def test_an_input_stem_that_follows_the_arguments():
+    model = create('vit_tiny_patch16_224', use_naflex=True, device='meta')
+    assert get_model_input_config(model)['first_conv'] == 'backbone.embeds.proj'
 
 
 @both

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from timm.loss import create_classification_loss
 from timm.task import ClassificationTask
 from timm.utils import unwrap_model
@@ -18,15 +19,21 @@ __all__ = ['AffectTask', 'ConcordanceLoss', 'EmoRegTask']
 
 
 class ConcordanceLoss(nn.Module):
-    """``1 - CCC``, the mean over the rating dimensions: (B, D) and (B, D) to a scalar in [0, 2].
+    """``1 - CCC + MSE``, both the mean over the rating dimensions: (B, D) and (B, D) to a scalar of at least 0.
 
-    One image alone neither agrees nor disagrees: with B = 1 the loss is 1 and its gradient 0, as for constant targets.
+    The concordance alone holds nothing in place: predictions far off all targets have CCC near 0 and next to no
+    gradient, and a network whose predictions drifted there (a ViT does within its first epoch) never comes back. The
+    squared error brings it back, and weighs little once predictions are on the scale [-1, 1].
+
+    One image alone neither agrees nor disagrees: with B = 1 the CCC counts as 0.
     """
 
     def forward(self, output: Tensor, target: Tensor) -> Tensor:
+        output = output.float()
+        error = F.mse_loss(output, target)
         if len(output) == 1:
-            return 1 + 0 * output.float().sum()
-        return 1 - concordance(output.float(), target).mean()
+            return 1 + error
+        return 1 - concordance(output, target).mean() + error
 
 
 def _parameters_without(model: nn.Module, left_out: Iterable[nn.Module]) -> list[nn.Parameter]:
@@ -45,7 +52,7 @@ class AffectTask(ClassificationTask):
     Args:
         model: The model; its forward gives the affect response from here on.
         target_kind: ``'class'`` (cross-entropy on (B,) indices), ``'votes'`` (cross-entropy on (B, K) distributions)
-            or ``'ratings'`` (``1 - CCC`` on (B, D) ratings in [-1, 1]).
+            or ``'ratings'`` (``1 - CCC + MSE`` on (B, D) ratings in [-1, 1]).
         names: Name of each affect output.
         smoothing: Label smoothing, ``'class'`` only.
         device: Device for task tensors.
