@@ -123,7 +123,7 @@ def test_ratings_of_a_csv(run, tmp_path, folder):
     table.write_text('\n'.join(['image,valence,arousal', *lines]))
     try:
         _, results, _ = run('--task', 'affect', '--stimuli', table, '--rating-columns', 'valence', 'arousal',
-                            '--rating-scale', 1, 9, '--epochs', 3)
+                            '--rating-scale', 1, 9, '--epochs', 5, '--lr', 0.002)
     finally:
         table.unlink()
     assert results[0]['test']['ccc_valence'] > 0.3
