@@ -18,9 +18,7 @@ ROOT = Path(timm_emoreg.__file__).parents[1]
 
 
 def test_registry_shows_exactly_what_can_be_had():
-    having = {w.name for w in zoo.WEIGHTS.values() if w.available}
-    having |= {w.architecture for w in zoo.WEIGHTS.values() if w.available}  # by its default
-    assert set(timm.list_pretrained('emoreg*')) == having
+    assert set(timm.list_pretrained('emoreg*')) == {w.name for w in zoo.WEIGHTS.values() if w.available}
     for weight in zoo.WEIGHTS.values():
         cfg = timm.get_pretrained_cfg(weight.name)
         assert (cfg.num_classes, cfg.input_size, cfg.license) == (weight.num_classes, weight.input_size, weight.licence)
@@ -28,8 +26,9 @@ def test_registry_shows_exactly_what_can_be_had():
         assert cfg.mean == timm.get_pretrained_cfg(timm_emoreg.BACKBONES[weight.architecture]).mean
         if weight.embedded:
             assert Path(cfg.file).stat().st_size == weight.size
-        if weight.default:
-            assert timm.get_pretrained_cfg(weight.architecture).tag == weight.tag
+        untagged = timm.get_pretrained_cfg(weight.architecture)  # builds the backbone's usual form, so it says that
+        assert not untagged.has_weights
+        assert untagged.input_size == timm.get_pretrained_cfg(timm_emoreg.BACKBONES[weight.architecture]).input_size
 
 
 def test_embedded_files_are_those_of_the_records():
@@ -59,20 +58,17 @@ def shelf(monkeypatch, make_record):
 
 
 def registered(module):
-    return generate_default_cfgs({
-        **{name: backbone_cfg(backbone) for name, backbone in module.BACKBONES.items()},
-        **{key: backbone_cfg(module.BACKBONES[w.architecture], **w.cfg())
-           for key, w in zoo.registry_entries(module.BACKBONES)}})
+    return generate_default_cfgs(zoo.registry_cfgs(module.BACKBONES, backbone_cfg))
 
 
 def test_what_waits_is_known_and_not_advertised(shelf):
     cfgs = registered(emoreg_resnet)['emoreg_resnet18']
     assert {tag for tag, cfg in cfgs.cfgs.items() if cfg.has_weights} == {'emoji', 'emoji_ft_cifar10'}
     assert 'ferplus_ft_cifar10' in cfgs.cfgs
-    assert cfgs.tags[0] == 'emoji_ft_cifar10'  # the marked one, not the first
+    assert cfgs.tags[0] == ''
     assert cfgs.is_pretrained
     vit = registered(emoreg_vit)['emoreg_vit_tiny']
-    assert vit.tags[0] == ''  # a weight that waits is no default
+    assert vit.tags[0] == ''
     assert not vit.is_pretrained
 
 

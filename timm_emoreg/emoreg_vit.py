@@ -7,7 +7,7 @@ from timm.models import generate_default_cfgs, register_model
 
 from .emoreg import EmoReg, backbone_cfg
 from .weights import create
-from .zoo import registry_entries
+from .zoo import registry_cfgs
 
 __all__: list[str] = []
 
@@ -18,10 +18,7 @@ BACKBONES = {
     'emoreg_vit_large': 'vit_large_patch16_224',
 }
 
-default_cfgs = generate_default_cfgs({
-    **{name: backbone_cfg(backbone) for name, backbone in BACKBONES.items()},
-    **{key: backbone_cfg(BACKBONES[w.architecture], **w.cfg()) for key, w in registry_entries(BACKBONES)},
-})
+default_cfgs = generate_default_cfgs(registry_cfgs(BACKBONES, backbone_cfg))
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> EmoReg:

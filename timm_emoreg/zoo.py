@@ -7,12 +7,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-__all__ = ['HUB_FILE', 'WEIGHTS', 'Weight', 'find', 'read_records', 'registry_entries', 'write_records']
+__all__ = ['HUB_FILE', 'WEIGHTS', 'Weight', 'find', 'read_records', 'registry_cfgs', 'write_records']
 
 HUB_FILE = 'model.safetensors'  # name of the weight file in its Hub repository
 ASSETS = files('timm_emoreg') / 'assets'
@@ -172,13 +173,23 @@ def find(name: str) -> Weight | None:
     if name in WEIGHTS:
         return WEIGHTS[name]
     own = [weight for weight in WEIGHTS.values() if weight.architecture == name and weight.available]
-    return next((w for w in own if w.default), own[0] if own else None)  # as timm chooses it
+    return next((w for w in own if w.default), own[0] if own else None)
 
 
-def registry_entries(backbones: dict[str, str]) -> list[tuple[str, Weight]]:
-    """The weights of these architectures under the keys of ``generate_default_cfgs``, the default's with a star."""
-    return [(weight.name + '*' * (weight.default and weight.available), weight) for weight in WEIGHTS.values()
-            if weight.architecture in backbones]
+def registry_cfgs(backbones: dict[str, str], make_cfg: Callable[..., dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Arguments of ``generate_default_cfgs`` for some architectures: their weights, and the architecture without any.
+
+    The star makes the cfg without weights the one of the untagged name, which builds the backbone's usual form: the
+    input size of a weight for small images would not fit it. It works only behind the weights. Which weight
+    ``pretrained=True`` means, `find` knows.
+
+    Args:
+        backbones: Registered name to timm's name of its backbone.
+        make_cfg: `timm_emoreg.backbone.backbone_cfg`.
+    """
+    weights = {w.name: make_cfg(backbones[w.architecture], **w.cfg()) for w in WEIGHTS.values()
+               if w.architecture in backbones}
+    return weights | {f'{name}.*': make_cfg(backbone) for name, backbone in backbones.items()}
 
 
 WEIGHTS = read_records()
