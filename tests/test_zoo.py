@@ -82,6 +82,8 @@ def test_cfg_of_a_weight(shelf):
     assert embedded.file.endswith('emoreg_resnet18.emoji.safetensors')
     assert online.input_size == (3, 32, 32)
     assert online.test_input_size is None
+    assert online.pool_size == (4, 4)
+    assert registered(emoreg_vit)['emoreg_vit_tiny'].cfgs['emoji_ft_cifar10'].pool_size is None
     assert online.crop_pct == 1.0
     assert online.first_conv == 'backbone.conv1'
     assert online.classifier == ('head', 'head_emo')

@@ -187,9 +187,15 @@ def registry_cfgs(backbones: dict[str, str], make_cfg: Callable[..., dict[str, A
         backbones: Registered name to timm's name of its backbone.
         make_cfg: `timm_emoreg.backbone.backbone_cfg`.
     """
-    weights = {w.name: make_cfg(backbones[w.architecture], **w.cfg()) for w in WEIGHTS.values()
-               if w.architecture in backbones}
-    return weights | {f'{name}.*': make_cfg(backbone) for name, backbone in backbones.items()}
+    plain = {name: make_cfg(backbone) for name, backbone in backbones.items()}
+    weights = {}
+    for weight in (w for w in WEIGHTS.values() if w.architecture in backbones):
+        cfg = make_cfg(backbones[weight.architecture], **weight.cfg())
+        if plain[weight.architecture].get('pool_size'):  # a family that pools a feature map; the small stem halves less
+            reduction = 8 if weight.model_args.get('small_image') else 32
+            cfg['pool_size'] = tuple(side // reduction for side in weight.input_size[1:])
+        weights[weight.name] = cfg
+    return weights | {f'{name}.*': cfg for name, cfg in plain.items()}
 
 
 WEIGHTS = read_records()
