@@ -9,7 +9,7 @@ from timm.utils import CheckpointSaver
 
 from timm_emoreg import zoo
 from timm_emoreg.checkpoint import CheckpointError
-from timm_emoreg.experience import find_experience
+from timm_emoreg.experience import find_experience, released_experience
 from timm_emoreg.task import AffectTask, EmoRegTask
 from timm_emoreg.weights import WeightError
 
@@ -108,3 +108,13 @@ def test_a_released_weight_by_its_tag(monkeypatch, tmp_path):
     (tmp_path / 'emoreg_tiny.emoji').write_text('a path goes first')
     with pytest.raises(CheckpointError, match='not a readable checkpoint'):
         find_experience('emoreg_tiny.emoji')
+
+
+def test_released_experience_is_of_the_same_architecture_form_and_size():
+    name = released_experience('emoreg_resnet18', True, 32)
+    assert name == 'emoreg_resnet18.emoji'
+    found = find_experience(name)
+    assert (found.affect_kind, found.num_affect, found.names) == ('ratings', 1, ('valence',))
+    assert released_experience('emoreg_resnet18', False, 32) is None
+    assert released_experience('emoreg_resnet18', True, 48) is None
+    assert released_experience('emoreg_resnet34', True, 32) is None
