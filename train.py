@@ -49,9 +49,16 @@ import timm_emoreg
 from timm_emoreg.checkpoint import CheckpointError, load_training_checkpoint, newest_checkpoint, restore_best
 from timm_emoreg.curves import draw_curves
 from timm_emoreg.data import STIMULI, DataError, load_stimuli, load_target
+from timm_emoreg.data.controls import fewer_images, predict_rotation, shuffle_labels
 from timm_emoreg.data.loader import make_loader
 from timm_emoreg.emoreg import create_backbone
-from timm_emoreg.experience import Experience, find_experience, released_experience
+from timm_emoreg.experience import (
+    Experience,
+    find_experience,
+    load_backbone,
+    released_experience,
+    untrained_experience,
+)
 from timm_emoreg.precision import autocast_or_not
 from timm_emoreg.small_image import LARGEST_SIZE, has_small_image_form, small_image_form
 from timm_emoreg.task import AffectTask, EmoRegTask
@@ -73,9 +80,12 @@ def parse_args() -> argparse.Namespace:
     group.add_argument('--small-image', action=yes_no, default=None, help='default: on up to 64 px, if there is a form')
 
     group = parser.add_argument_group('emotional regulation')
-    group.add_argument('--experience', metavar='PATH-or-tag', help="stage 1's result: checkpoint, folder or weight tag")
+    group.add_argument('--experience', metavar='PATH-or-tag',
+                       help="stage 1's result: checkpoint, folder or weight tag; 'none' for the dual head without it")
     group.add_argument('--stimuli', help='emoji, ferplus, oasis, nemo, a folder or csv; stage 1 runs first')
-    group.add_argument('--stimuli-labels', help='which labels of the stimuli, e.g. probability for ferplus')
+    group.add_argument('--stimuli-labels', help="which labels of the stimuli, e.g. probability for ferplus; 'rotation' "
+                                                'for the label-free control')
+    group.add_argument('--shuffle-stimuli-labels', action='store_true', help='control: labels without meaning')
     group.add_argument('--rating-columns', nargs='+', help='rating columns of a csv of stimuli')
     group.add_argument('--rating-scale', nargs=2, type=float, metavar=('LOW', 'HIGH'), help='scale of these ratings')
     group.add_argument('--affect-epochs', type=int, help='epochs of stage 1 (default: --epochs)')
@@ -87,6 +97,7 @@ def parse_args() -> argparse.Namespace:
     group = parser.add_argument_group('data')
     group.add_argument('--dataset', default='cifar10', help='cifar10, cifar100, emoji, or a folder per class')
     group.add_argument('--data-dir', type=Path, help='data sets (default: $EMOREG_DATA, ~/.cache/emoreg-data)')
+    group.add_argument('--train-images', type=int, metavar='N', help='a stratified part of N training images')
     group.add_argument('--img-size', type=int, help='default: 32, and 224 for a folder or csv')
     group.add_argument('-b', '--batch-size', type=int, help='default: 128, for fewer than 10,000 images 32')
     group.add_argument('--loader', default='auto', choices=('auto', 'resident', 'timm'))
@@ -100,6 +111,7 @@ def parse_args() -> argparse.Namespace:
 
     group = parser.add_argument_group('recipe')
     group.add_argument('--epochs', type=int, default=10)
+    group.add_argument('--val-interval', type=int, default=1, help='epochs between validations; the last has one')
     group.add_argument('--opt', help='any of timm (default: adamw for stage 1 and for ViT, else sgd)')
     group.add_argument('--lr', type=float, help='default: 0.1 for sgd, else 0.001, at 128 images an update')
     group.add_argument('--momentum', type=float, default=0.9)
@@ -144,10 +156,12 @@ def parse_args() -> argparse.Namespace:
             parser.error(f"--balance {args.balance}: expected a number in [0, 1], 'learned' or 'gate'.")
     if not timm.is_model(args.model.split('.')[0]):
         parser.error(f'--model {args.model}: unknown. timm.list_models() names all, emoreg_* are this package\'s.')
-    if args.task == 'plain' and (args.experience or args.stimuli):
-        parser.error('--task plain trains the bare backbone: --experience and --stimuli have no place in it.')
-    if args.experience and args.stimuli:
+    if args.experience not in (None, 'none') and args.stimuli:
         parser.error("--experience is stage 1's result and --stimuli runs stage 1: give one of them.")
+    if args.experience and args.task == 'affect':
+        parser.error('--task affect makes an experience and takes none: leave --experience out.')
+    if args.val_interval < 1:
+        parser.error(f'--val-interval {args.val_interval}: expected 1 or more.')
     args.backbone = timm_emoreg.BACKBONES.get(args.model, args.model)
     main_set = (args.stimuli or 'emoji') if args.task == 'affect' else args.dataset
     args.img_size = args.img_size or (32 if main_set in ('cifar10', 'cifar100', *STIMULI) else 224)
@@ -164,7 +178,17 @@ def parse_args() -> argparse.Namespace:
 
 def stimuli_of(args):
     options = {'rating_columns': args.rating_columns, 'rating_scale': args.rating_scale} if args.rating_columns else {}
-    return load_stimuli(args.stimuli or 'emoji', args.data_dir, labels=args.stimuli_labels, **options)
+    rotation = args.stimuli_labels == 'rotation'
+    splits = load_stimuli(args.stimuli or 'emoji', args.data_dir, labels=None if rotation else args.stimuli_labels,
+                          **options)
+    if rotation:
+        splits = predict_rotation(splits, args.seed)
+    return shuffle_labels(splits, args.seed) if args.shuffle_stimuli_labels else splits
+
+
+def target_of(args):
+    splits = load_target(args.dataset, args.data_dir)
+    return fewer_images(splits, args.train_images, args.seed) if args.train_images else splits
 
 
 def build_model(args, task: str, splits, experience: Experience | None):
@@ -173,7 +197,10 @@ def build_model(args, task: str, splits, experience: Experience | None):
     if args.small_image or timm.get_pretrained_cfg(args.backbone).fixed_input_size:
         common['img_size'] = args.img_size
     if task == 'plain':
-        return create_backbone(args.backbone, num_classes=len(splits.target), **common)
+        model = create_backbone(args.backbone, num_classes=len(splits.target), **common)
+        if experience is not None:
+            load_backbone(model, experience)
+        return model
     common['pretrained_backbone'] = common.pop('pretrained')
     if args.model not in timm_emoreg.BACKBONES:
         common['backbone'] = args.backbone
@@ -184,7 +211,8 @@ def build_model(args, task: str, splits, experience: Experience | None):
     model = timm.create_model(name, num_classes=len(splits.target), num_affect=experience.num_affect,
                               affect_kind=experience.affect_kind, balance=args.balance, modulation=args.modulation,
                               experience='separate' if args.separate_experience else 'shared', **common)
-    model.load_experience(experience.state_dict)
+    if experience.state_dict:
+        model.load_experience(experience.state_dict)
     return model
 
 
@@ -262,7 +290,8 @@ def train_epoch(epoch, first_step, task, loader, optimizer, scheduler, scaler, a
 
 
 @torch.inference_mode()
-def evaluate(task, loader, autocast, args):
+def evaluate(task, loader, autocast, args, predictions: list | None = None):
+    """The metrics of the task; `predictions` gets the pairs (class, predicted class) of this process's images."""
     model = task.get_eval_model(ema=task.has_ema())
     if isinstance(model, DistributedDataParallel):
         model = model.module  # ranks may have different numbers of batches, and DDP's forward would wait for them
@@ -272,6 +301,8 @@ def evaluate(task, loader, autocast, args):
         with autocast():
             output = model(input)
         evaluator.update(output, target)
+        if predictions is not None:
+            predictions.extend(zip(target.tolist(), output.argmax(1).tolist(), strict=True))
     return evaluator.compute(distributed=args.distributed)
 
 
@@ -368,15 +399,17 @@ def run_stage(args, task_name: str, splits, device, experience: Experience | Non
                             saver, args)
         if args.distributed:
             distribute_bn(unwrap_model(model), args.world_size, reduce=True)
-        scores = evaluate(task, validation_loader, autocast, args)
+        judged = (epoch + 1) % args.val_interval == 0 or epoch + 1 == epochs
+        scores = evaluate(task, validation_loader, autocast, args) if judged else {}
         if saver is not None:
-            lr_now = max(group['lr'] for group in optimizer.param_groups)  # at the end of the epoch
-            update_summary(epoch, parts, scores, str(out / 'summary.csv'), lr=lr_now)
-            saver.save_checkpoint(epoch, metric=scores[metric])
+            if judged:
+                lr_now = max(group['lr'] for group in optimizer.param_groups)  # at the end of the epoch
+                update_summary(epoch, parts, scores, str(out / 'summary.csv'), lr=lr_now)
+            saver.save_checkpoint(epoch, metric=scores.get(metric))
             for recovery in out.glob('recovery-*.pth.tar'):
                 recovery.unlink()
         say(args, f'epoch {epoch + 1}/{epochs}: ' + ', '.join(f'{k} {v:.4g}' for k, v in parts.items())
-            + '; validation ' + ', '.join(f'{k} {v:.4g}' for k, v in scores.items())
+            + ('; validation ' if judged else '') + ', '.join(f'{k} {v:.4g}' for k, v in scores.items())
             + f'; {time.perf_counter() - began:.0f} s')
         if received:
             raise Stop
@@ -387,21 +420,27 @@ def run_stage(args, task_name: str, splits, device, experience: Experience | Non
     state = load_training_checkpoint(out / 'model_best.pth.tar')
     ema = task.has_ema()
     task.load_checkpoint_state(state['state_dict_ema' if ema else 'state_dict'], ema=ema)
-    test = evaluate(task, test_loader, autocast, args)
+    predictions = [] if splits.target.kind == 'class' and not args.distributed else None
+    test = evaluate(task, test_loader, autocast, args, predictions)
     peak = torch.cuda.max_memory_allocated(device) if device.type == 'cuda' else (
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
     result = {
         'task': task_name, 'model': args.model, 'form': form, 'img_size': args.img_size, 'data': splits.name,
-        'seed': args.seed, 'epochs': epochs, 'best_epoch': state['epoch'] + 1, 'metric': metric,
-        'validation': state['metric'], 'test': dict(test), 'balance': getattr(unwrap_model(model), 'balance', None),
-        'experience': experience.source if experience else None, 'checkpoint': str(out / 'model_best.pth.tar'),
-        'seconds': round(time.perf_counter() - start, 1), 'peak_memory_gb': round(peak / 2**30, 2),
-        'precision': precision, 'device': torch.cuda.get_device_name(device) if device.type == 'cuda' else (
+        'train_images': len(splits.train), 'seed': args.seed, 'epochs': epochs, 'best_epoch': state['epoch'] + 1,
+        'metric': metric, 'validation': state['metric'], 'test': dict(test),
+        'balance': getattr(unwrap_model(model), 'balance', None),
+        'experience': experience.source if experience else None,
+        'checkpoint': str(out / 'model_best.pth.tar'), 'seconds': round(time.perf_counter() - start, 1),
+        'peak_memory_gb': round(peak / 2**30, 2), 'precision': precision,
+        'device': torch.cuda.get_device_name(device) if device.type == 'cuda' else (
             f'CPU, {torch.get_num_threads()} threads'),
     }
     if is_primary(args):
+        if predictions is not None:
+            rows = '\n'.join(f'{target},{prediction}' for target, prediction in predictions)
+            write_file(out / 'predictions.csv', f'target,prediction\n{rows}\n')
         draw_curves(out / 'summary.csv', out / 'curves.png', metric, f'{args.experiment}: {task_name}')
-        write_json(out / 'result.json', result)
+        write_file(out / 'result.json', json.dumps(result, indent=1))
     return result
 
 
@@ -413,9 +452,9 @@ def say(args, text: str) -> None:
         print(text, flush=True)
 
 
-def write_json(path: Path, content: dict) -> None:
+def write_file(path: Path, content: str) -> None:
     part = path.with_name(path.name + '.part')
-    part.write_text(json.dumps(content, indent=1))
+    part.write_text(content)
     part.replace(path)
 
 
@@ -424,17 +463,22 @@ def run(args) -> None:
     args.device = str(device)
     folder = Path(args.output) / args.experiment
     # the data first: what is missing there must not leave a folder behind
-    target = None if args.task == 'affect' else load_target(args.dataset, args.data_dir)
+    target = None if args.task == 'affect' else target_of(args)
     if args.task == 'emoreg' and not args.stimuli and args.dataset != 'emoji':  # the emoji show both stages
         args.experience = args.experience or released_experience(args.model, args.small_image, args.img_size)
-    experience = find_experience(args.experience) if args.experience else None
-    stage_1 = args.task != 'plain' and experience is None
-    stimuli = stimuli_of(args) if stage_1 else None
+    stage_1 = not args.experience and (args.task != 'plain' or args.stimuli is not None)
+    stimuli = stimuli_of(args) if stage_1 or args.stimuli else None
+    experience = None
+    if args.experience == 'none':  # the affect response of stage 1 on these stimuli, untrained
+        if args.task == 'emoreg':
+            experience = untrained_experience(stimuli.target if stimuli else None)
+    elif args.experience:
+        experience = find_experience(args.experience)
     if is_primary(args) and not args.resume:
         if folder.exists():
             raise DataError(f'{folder} exists. Continue it with --resume {folder}, or choose another --experiment.')
         folder.mkdir(parents=True)
-        write_json(folder / 'args.json', vars(args))
+        write_file(folder / 'args.json', json.dumps(vars(args), indent=1))
     if args.distributed:
         torch.distributed.barrier()
 

@@ -186,7 +186,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(run, tmp_path, folder):
 
 
 @pytest.mark.parametrize(('argv', 'message'), [
-    (('--task', 'plain', '--stimuli', 'emoji'), '--task plain trains the bare backbone'),
+    (('--task', 'affect', '--experience', 'x'), '--task affect makes an experience and takes none'),
+    (('--val-interval', '0'), '--val-interval 0: expected 1 or more'),
     (('--experience', 'x', '--stimuli', 'emoji'), 'give one of them'),
     (('--balance', 'half'), "--balance half: expected a number in [0, 1], 'learned' or 'gate'"),
     (('--model', 'resnet_18'), '--model resnet_18: unknown'),
@@ -227,3 +228,54 @@ def test_an_existing_run_is_not_overwritten(run, tmp_path, folder):
     assert status == 2
     assert f'Continue it with --resume {tmp_path / "run"}' in err
     assert os.listdir(tmp_path / 'run') == []
+
+
+def states(train, path: Path) -> dict:
+    return train.load_training_checkpoint(path / 'model_best.pth.tar')['state_dict']
+
+
+def test_the_plain_backbone_can_start_from_stage_1(run, train, tmp_path, folder):
+    assert run('--task', 'plain', '--stimuli', folder, '--dataset', folder, '--epochs', 1, '--lr', 1e-12,
+               '--affect-epochs', 1, '--opt', 'sgd', '--weight-decay', 0, name='init')[0] == 0
+    stage_1, plain = states(train, tmp_path / 'init/affect'), states(train, tmp_path / 'init/plain')
+    weights = [k for k in plain if f'backbone.{k}' in stage_1 and k.endswith('weight')]
+    assert len(weights) > 10
+    assert all(torch.allclose(plain[k], stage_1[f'backbone.{k}'], atol=1e-6) for k in weights)
+    status, results, _ = run('--task', 'plain', '--experience', tmp_path / 'init', '--dataset', folder, '--epochs', 1)
+    assert status == 0
+    assert results[0]['experience'].endswith('model_best.pth.tar')
+
+
+def test_stage_1_of_another_architecture_is_refused(run, tmp_path, folder):
+    assert run('--task', 'affect', '--stimuli', folder, '--epochs', 1, name='stage1')[0] == 0
+    status, _, err = run('--task', 'plain', '--experience', tmp_path / 'stage1', '--dataset', folder, model='test_vit')
+    assert status == 2
+    assert 'its backbone is of another architecture or form; the first difference is' in err
+
+
+def test_the_dual_head_without_stage_1(run, folder):
+    status, results, _ = run('--experience', 'none', '--stimuli', folder, '--dataset', folder, '--epochs', 1)
+    assert status == 0
+    assert [(r['task'], r['experience']) for r in results] == [('emoreg', 'none')]
+
+
+@pytest.mark.parametrize(('flags', 'name'), [
+    (('--shuffle-stimuli-labels',), 'colours (shuffled labels)'),
+    (('--stimuli-labels', 'rotation'), 'colours (rotations)'),
+])
+def test_controls_of_stage_1(run, tmp_path, folder, flags, name):
+    status, results, _ = run('--task', 'affect', '--stimuli', folder, '--epochs', 1, *flags)
+    assert status == 0
+    assert results[0]['data'].endswith(name.replace('colours', folder.name))
+
+
+def test_part_of_the_training_set_and_rare_validation(run, tmp_path, folder):
+    status, results, _ = run('--task', 'plain', '--dataset', folder, '--train-images', 20, '-b', 8, '--epochs', 5,
+                             '--val-interval', 2)
+    assert status == 0
+    assert results[0]['train_images'] == 20
+    files = tmp_path / 'run/plain'
+    assert [row['epoch'] for row in rows(files / 'summary.csv')] == ['1', '3', '4']
+    predictions = rows(files / 'predictions.csv')
+    right = sum(row['target'] == row['prediction'] for row in predictions)
+    assert 100 * right / len(predictions) == pytest.approx(results[0]['test']['top1'], abs=1e-3)

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import timm
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import zoo
 from .checkpoint import CheckpointError, load_training_checkpoint
+from .data import Target
 from .weights import WeightError
 
-__all__ = ['Experience', 'find_experience', 'released_experience']
+__all__ = ['Experience', 'find_experience', 'load_backbone', 'released_experience', 'untrained_experience']
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Experience:
 
     Args:
         source: Where they come from, for the log.
-        state_dict: Weights of an EmoReg, at least ``backbone.*`` and ``head_affect.*``.
+        state_dict: Weights of an EmoReg, at least ``backbone.*`` and ``head_affect.*``; empty if nothing was learned.
         affect_kind: ``'emotion'`` or ``'ratings'``.
         num_affect: Number of affect outputs K.
         names: Name of each affect output, empty if unknown.
@@ -82,3 +83,32 @@ def released_experience(architecture: str, small_image: bool, img_size: int) -> 
         if weight.target is None and weight.available and form == (architecture, small_image, img_size, img_size):
             return weight.name
     return None
+
+
+def untrained_experience(target: Target | None = None) -> Experience:
+    """What the dual head starts from without stage 1: the form of the affect response and no weights.
+
+    Args:
+        target: Meaning of the stimuli's labels, for a response of the same form; None for eight emotions.
+    """
+    if target is None:
+        return Experience('none', {}, 'emotion', 8)
+    return Experience('none', {}, target.affect_kind, len(target), target.names)
+
+
+def load_backbone(model: nn.Module, experience: Experience) -> None:
+    """Start a bare timm model from the backbone of an experience; its classifier keeps its initial weights.
+
+    Raises:
+        CheckpointError: If a tensor is missing, unknown, or has another shape; nothing is changed then.
+    """
+    cfg = model.pretrained_cfg['classifier']
+    classifier = tuple(f'{name}.' for name in ((cfg,) if isinstance(cfg, str) else cfg or ()))
+    own = {k: v.shape for k, v in model.state_dict().items() if not k.startswith(classifier)}
+    given = {k.removeprefix('backbone.'): v for k, v in experience.state_dict.items() if k.startswith('backbone.')}
+    different = sorted(own.keys() ^ given.keys()) or [k for k in own if own[k] != given[k].shape]
+    if different:
+        raise CheckpointError(f'{experience.source}: its backbone is of another architecture or form; the first '
+                              f'difference is {different[0]!r}. Use the same --model, --img-size and --small-image '
+                              'in both stages.')
+    model.load_state_dict(given, strict=False)
