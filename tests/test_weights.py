@@ -700,3 +700,23 @@ def test_the_client_is_the_real_one():
     assert 'httpx' not in vars(weights)
     assert weights.hf_hub_download is huggingface_hub.hf_hub_download
     assert resource.RLIMIT_FSIZE
+
+
+@pytest.mark.parametrize('name', ['emoreg_resnet18.emoji', 'emoreg_vit_tiny.emoji'])
+def test_timm_scripts_hand_over_the_whole_cfg_and_get_the_weight_in_its_form(name):
+    expected = timm.create_model(name, pretrained=True)
+    model = timm.create_model(**timm.models.resolve_model_input_args(name), pretrained=True)
+    assert model.state_dict().keys() == expected.state_dict().keys()
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), expected.state_dict().values(),
+                                                 strict=True))
+    default = timm.create_model(**timm.models.resolve_model_input_args(name.split('.')[0]), pretrained=True)
+    assert torch.equal(default.head_affect.weight, expected.head_affect.weight)
+
+
+def test_a_changed_cfg_is_taken_as_it_is():
+    cfg = timm.get_pretrained_cfg('emoreg_resnet18.emoji').to_dict()
+    model = timm.create_model('emoreg_resnet18', pretrained_cfg=dict(cfg, num_classes=5))
+    assert model.num_affect == 8  # not the weight's 1
+    assert model.pretrained_cfg['num_classes'] == 5
+    untagged = timm.get_pretrained_cfg('emoreg_resnet18')
+    assert timm.create_model('emoreg_resnet18', pretrained_cfg=untagged).small_image is False

@@ -25,6 +25,7 @@ from huggingface_hub import constants, errors, get_hf_file_metadata, hf_hub_down
 from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import WeakFileLock
 from safetensors import SafetensorError, safe_open
+from timm.models import PretrainedCfg, get_arch_pretrained_cfgs
 from timm.models._input import update_model_args
 from torch import nn
 
@@ -370,6 +371,19 @@ def _warn_of_new_heads(name: str, num_classes: int, arguments: dict[str, Any]) -
                       'random until they are trained.', NewHeadsWarning, stacklevel=6)
 
 
+def _name_of_cfg(variant: str, cfg: Any) -> Any:
+    """The tag for a whole cfg that is the registry's own, ``None`` for that of the untagged name; others unchanged.
+
+    timm's scripts look a name up and hand over what they found, without the arguments that belong to a weight.
+    """
+    if not cfg or isinstance(cfg, str):
+        return cfg
+    own = PretrainedCfg(**cfg) if isinstance(cfg, dict) else cfg
+    registered = (get_arch_pretrained_cfgs(variant).get(f'{variant}.{own.tag}') if own.tag
+                  else timm.get_pretrained_cfg(variant))
+    return (own.tag or None) if own == registered else cfg
+
+
 def create(variant: str, backbone: str, pretrained: bool, **kwargs: Any) -> nn.Module:
     """What the entrypoints of the registry return: a model, with its released weight if one is asked for.
 
@@ -386,12 +400,12 @@ def create(variant: str, backbone: str, pretrained: bool, **kwargs: Any) -> nn.M
     Raises:
         WeightError: If the weight cannot be had, or does not fit the arguments.
     """
-    cfg = kwargs.get('pretrained_cfg')
+    cfg = _name_of_cfg(variant, kwargs.pop('pretrained_cfg', None))
     if cfg and not isinstance(cfg, str):  # hf-hub:, local-dir:, or the caller's own
         own = cfg if isinstance(cfg, dict) else cfg.to_dict()
         if pretrained and own.get('num_classes') is not None:
             _warn_of_new_heads(own.get('hf_hub_id') or own.get('file') or variant, own['num_classes'], kwargs)
-        return create_emoreg(variant, backbone, pretrained, **kwargs)
+        return create_emoreg(variant, backbone, pretrained, pretrained_cfg=cfg, **kwargs)
     overlay = dict(kwargs.get('pretrained_cfg_overlay') or {})
     own_source = any(overlay.get(key) for key in SOURCES)
     weight = zoo.find(f'{variant}.{cfg}' if cfg else variant) if cfg or (pretrained and not own_source) else None
