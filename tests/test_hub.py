@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 import timm_emoreg
 from timm_emoreg import emoreg_resnet, emoreg_vit, release, weights, zoo
-from timm_emoreg.cards import run_snippets
+from timm_emoreg.card_lint import run_snippets
 from timm_emoreg.emoreg import EmoReg
 from timm_emoreg.hub import check, main, publish
 from timm_emoreg.release import ROOT, HubError, build

@@ -1,118 +1,22 @@
-"""Model cards, made from the records, and a linter for them.
-
-The Hub's own ``ModelCard`` accepts a wrong licence identifier, ``other`` without a name, missing metadata and keys that
-stand twice; the linter does not.
-"""
+"""Model cards, configurations and the README's table, made from the records."""
 from __future__ import annotations
 
-import contextlib
-import io
 import json
-import math
-import re
-import warnings
-from dataclasses import dataclass
 from typing import Any
 
-import torch
 import yaml
 
 from .emoreg import backbone_cfg
+from .terms import TARGET_TERMS, licence_terms
 from .zoo import Weight
 
-__all__ = ['STIMULI_TERMS', 'TARGET_TERMS', 'Terms', 'licence_terms', 'lint_card', 'make_card', 'make_config',
-           'make_table', 'metric_name', 'run_snippets', 'snippets']
+__all__ = ['PAPER', 'make_card', 'make_config', 'make_table', 'metric_name']
 
 PAPER = 'arXiv 2606.13081'
-# identifiers of the Hub that can occur here, see its list of licences
-LICENCES = ('apache-2.0', 'cc-by-4.0', 'cc-by-sa-4.0', 'cc-by-nc-sa-4.0', 'mit', 'other')
 PERCENT = ('top1', 'top5', 'uar')
 METRICS = {'top1': ('accuracy', 'accuracy'), 'top5': ('top_5_accuracy', 'top-5 accuracy'),
            'uar': ('recall', 'mean recall'), 'ccc': ('ccc', 'CCC'),
            'pcc': ('pearsonr', 'Pearson correlation'), 'rmse': ('rmse', 'RMSE')}
-
-
-@dataclass(frozen=True)
-class Terms:
-    """What is known of a data set, and what follows for a weight that was trained on it.
-
-    Args:
-        title: What it is.
-        datasets: Its names in the metadata of a card.
-        text: Its terms.
-        licence: Identifier for the weight, None where the data set decides nothing.
-        licence_name: Needed by the Hub where `licence` is ``other``.
-        licence_link: Likewise.
-        reason: Why this licence.
-        faces: Whether it shows faces of people.
-    """
-
-    title: str
-    datasets: tuple[str, ...]
-    text: str
-    licence: str | None = None
-    licence_name: str | None = None
-    licence_link: str | None = None
-    reason: str = ''
-    faces: bool = False
-
-
-STIMULI_TERMS = {
-    'emoji': Terms(
-        'drawings of emoji in three styles, rated by the tone of the tweets that used them',
-        ('emoji-sentiment-ranking',),
-        'Drawings: Noto Emoji (Apache-2.0), Twemoji (CC-BY 4.0), Fluent Emoji (MIT). Ratings: Emoji Sentiment Ranking '
-        '1.0, Kralj Novak, Smailović, Sluban, Mozetič 2015, doi 10.1371/journal.pone.0144296 (CC BY-SA 4.0). The whole '
-        'set, with its NOTICE, is in the package timm_emoreg.',
-        'cc-by-sa-4.0',
-        reason='The ratings, which every label comes from, are CC BY-SA 4.0. Whether a weight adapts its labels is not '
-               'settled; the same licence is right either way, and the terms of the drawings allow it.'),
-    'ferplus': Terms(
-        'photographs of faces (FER2013) with the votes of FER+',
-        ('ferplus',),
-        'FER+ labels: MIT. The photographs of FER2013 were gathered by web search and have no licence.',
-        'other', 'research-use-only-ferplus', 'https://github.com/microsoft/FERPlus',
-        'The photographs have no licence, so the weight is for research only.', faces=True),
-    'oasis': Terms(
-        'photographs of scenes, objects, animals and people, rated for valence and arousal (OASIS)',
-        ('oasis',),
-        'OASIS, Kurdi, Lozano, Banaji 2016, doi 10.3758/s13428-016-0715-3: free to use and modify for research.',
-        'other', 'research-use-only-oasis', 'https://doi.org/10.3758/s13428-016-0715-3',
-        'The photographs are free for research, so the weight is for research only.'),
-    'nemo': Terms(
-        'log-mel spectrograms of acted Polish speech (nEMO)',
-        ('amu-cai/nEMO',),
-        'nEMO, Christop 2024: CC BY-NC-SA 4.0.',
-        'cc-by-nc-sa-4.0',
-        reason='The recordings are CC BY-NC-SA 4.0; the weight is shared alike.'),
-}
-
-TARGET_TERMS = {
-    'cifar10': Terms('CIFAR-10', ('uoft-cs/cifar10',),
-                     'CIFAR-10, Krizhevsky 2009: its makers state no licence.'),
-    'cifar100': Terms('CIFAR-100', ('uoft-cs/cifar100',),
-                      'CIFAR-100, Krizhevsky 2009: its makers state no licence.'),
-    'emoji': Terms('drawings of emoji that are no stimuli, by Unicode\'s group', ('emoji',),
-                   'Drawings as above; the groups are Unicode\'s (Unicode License v3).'),
-    'oasis': Terms('photographs of OASIS, by category', ('oasis',),
-                   'OASIS: free to use and modify for research.'),
-}
-
-
-def licence_terms(weight: Weight) -> Terms:
-    """The terms that decide the licence of a weight.
-
-    Raises:
-        ValueError: If the terms of its stimuli or its target are not known.
-    """
-    if weight.stimuli not in STIMULI_TERMS or (weight.target is not None and weight.target not in TARGET_TERMS):
-        raise ValueError(f'{weight.name}: nothing is known of the terms of {weight.stimuli!r} and {weight.target!r}, '
-                         'so no licence can be given to the weight. Only weights of '
-                         f'{", ".join(STIMULI_TERMS)} can be released.')
-    return STIMULI_TERMS[weight.stimuli]
-
-
-# -- content -----------------------------------------------------------------------------------------------------------
 
 
 def make_config(weight: Weight, backbone: str) -> dict[str, Any]:
@@ -345,111 +249,3 @@ def make_table(weights: dict[str, Weight]) -> str:
         rows.append(f'| `{name}`{star} | {weight.size / 1e6:.1f} | {licence} | {where} | '
                     f'{metric_name(metric)} {_spread(weight.metrics[metric], metric)} | {plain} |')
     return '\n'.join(rows)
-
-
-# -- linter ------------------------------------------------------------------------------------------------------------
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML in which a key that stands twice is an error."""
-
-    def construct_mapping(self, node, deep=False):
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f'the key {key!r} stands twice', node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-def snippets(text: str) -> list[str]:
-    """The Python blocks of a card."""
-    return re.findall(r'^```python\n(.*?)^```', text, re.MULTILINE | re.DOTALL)
-
-
-def _lint_metadata(data: dict[str, Any], weight: Weight) -> list[str]:
-    problems = []
-    needed = ['library_name', 'pipeline_tag', 'tags', 'license', 'datasets', 'model-index']
-    needed += ['base_model'] if weight.base else []
-    problems += [f'metadata: {key} is missing' for key in needed if not data.get(key)]
-    if data.get('library_name') not in (None, 'timm_emoreg'):
-        problems.append(f'metadata: library_name {data["library_name"]!r}; the snippet of the Hub would import that')
-    if 'timm' not in (data.get('tags') or ()):
-        problems.append('metadata: the tag timm is missing')
-    licence = data.get('license')
-    if licence is not None and licence not in LICENCES:
-        problems.append(f'metadata: license {licence!r} is none of {", ".join(LICENCES)}')
-    if licence == 'other':
-        problems += [f'metadata: license other needs {key}' for key in ('license_name', 'license_link')
-                     if not data.get(key)]
-    allowed = licence_terms(weight).licence
-    if licence in LICENCES and licence != allowed:
-        problems.append(f'metadata: license {licence}, the stimuli {weight.stimuli} allow {allowed} only')
-    try:
-        results = [m for entry in data['model-index'] for r in entry['results'] for m in r['metrics']]
-        numbers = [m['value'] for m in results]
-    except (KeyError, TypeError):
-        numbers = []
-    if not numbers:
-        problems.append('metadata: model-index holds no numbers')
-    elif not all(isinstance(n, (int, float)) and math.isfinite(n) for n in numbers):
-        problems.append('metadata: a value of model-index is not a finite number')
-    elif numbers != [values['weight'] for values in weight.metrics.values()]:
-        problems.append('metadata: the numbers of model-index are not those of the record')
-    return problems
-
-
-def lint_card(text: str, weight: Weight) -> list[str]:
-    """What is wrong with a card; an empty list if nothing is."""
-    match = re.match(r'---\n(.*?\n)---\n', text, re.DOTALL)
-    if match is None:
-        return ['the metadata between two lines of --- at its top are missing']
-    try:
-        data = yaml.load(match[1], _UniqueKeys)
-    except yaml.YAMLError as e:
-        return [f'metadata: {" ".join(str(e).split())}']
-    if not isinstance(data, dict):
-        return ['metadata: not a mapping']
-    problems = _lint_metadata(data, weight)
-    blocks = snippets(text)
-    if not blocks:
-        problems.append('no Python snippet')
-    for number, block in enumerate(blocks, 1):
-        if not block.startswith('import ') or 'import timm_emoreg' not in block:
-            problems.append(f'snippet {number} does not start with the imports, timm_emoreg among them')
-    for needed, why in ((PAPER, f'it does not cite {PAPER}'),
-                        ('no judge of anyone', 'it does not say what the model is not'),
-                        ('## Limits', 'it names no limits'),
-                        ('## Training data and their terms', 'it does not name the training data and their terms')):
-        if needed not in text:
-            problems.append(why)
-    if licence_terms(weight).faces and 'Art. 5(1)(f)' not in text:
-        problems.append('it was trained on faces and does not name the prohibition of the EU AI Act, Art. 5(1)(f)')
-    return problems
-
-
-def run_snippets(text: str, replacing: dict[str, str] | None = None) -> list[str]:
-    """Run each Python block of a card by itself and give what each printed.
-
-    Args:
-        text: The card.
-        replacing: Strings to exchange first, such as the Hub's name of a model that is not published yet.
-
-    Raises:
-        RuntimeError: If a block fails; the message names it.
-    """
-    printed = []
-    for number, block in enumerate(snippets(text), 1):
-        for old, new in (replacing or {}).items():
-            block = block.replace(old, new)
-        out = io.StringIO()
-        grad = torch.is_grad_enabled()
-        try:
-            with contextlib.redirect_stdout(out), warnings.catch_warnings():
-                warnings.simplefilter('ignore')  # a snippet may ask for new heads, and says so
-                exec(compile(block, f'snippet {number}', 'exec'), {'__name__': '__main__'})
-        except Exception as e:
-            raise RuntimeError(f'snippet {number} fails: {type(e).__name__}: {e}') from e
-        finally:
-            torch.set_grad_enabled(grad)
-        printed.append(out.getvalue())
-    return printed

@@ -22,10 +22,12 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, HfApi, errors, hf_hub_download
 
 from . import BACKBONES, __version__
-from .cards import licence_terms, lint_card, make_card, make_table, run_snippets
+from .card_lint import lint_card, run_snippets
+from .cards import make_card, make_table
 from .checkpoint import CheckpointError
 from .data import DataError
 from .release import ORGANISATION, ROOT, Home, HubError, build, config_text, sha256_of
+from .terms import licence_terms
 from .weights import WeightError, check_file, layout_of
 from .zoo import HUB_FILE, Weight, read_records
 

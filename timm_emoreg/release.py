@@ -22,10 +22,11 @@ from torch import Tensor
 
 import timm_emoreg
 
-from .cards import licence_terms, make_card, make_config
+from .cards import make_card, make_config
 from .checkpoint import load_training_checkpoint
 from .data import STIMULI, load_target
 from .experience import find_experience
+from .terms import licence_terms
 from .zoo import HUB_FILE, Weight, read_records, write_records
 
 __all__ = ['ORGANISATION', 'ROOT', 'Home', 'HubError', 'build', 'config_text', 'project_commit', 'sha256_of']
