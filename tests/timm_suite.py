@@ -78,7 +78,8 @@ def fetch_tests(folder: Path) -> Path:
 
 def run(tests: Path, file: str, *args: str) -> int:
     path = os.pathsep.join([str(tests.parent), str(Path(timm_emoreg.__file__).parents[1])])
-    env = {**os.environ, 'TORCH_BACKEND': 'timm_emoreg', 'PYTHONPATH': path}
+    # TIMEOUT: a test of timm may take 6 minutes at most, which a large ViT passes on one core of a small machine
+    env = {'TIMEOUT': '1800', **os.environ, 'TORCH_BACKEND': 'timm_emoreg', 'PYTHONPATH': path}
     return subprocess.run([sys.executable, '-m', 'pytest', '-q', '-rfE', '--no-header', '-p', 'no:cacheprovider',
                            '-p', 'timm_emoreg', '-W', 'ignore', file, *args], cwd=tests, env=env).returncode
 
