@@ -1,0 +1,90 @@
+"""Paired statistics of repeated runs: t interval, Holm's correction, McNemar's test."""
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from typing import NamedTuple
+
+__all__ = ['Difference', 'holm', 'mcnemar', 'mean_sd', 'paired_difference']
+
+
+class Difference(NamedTuple):
+    """Mean of `n` paired differences, their sd, the ends of its 95 % interval, and the p of a two-sided t test.
+
+    What a number of pairs does not give is NaN: everything for none, all but the mean for one; and p where all
+    differences are equal, so that there is no variation to test against.
+    """
+
+    n: int
+    mean: float
+    sd: float
+    low: float
+    high: float
+    p: float
+
+
+def mean_sd(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and sample standard deviation (divisor n - 1); NaN where there are too few values."""
+    return (statistics.mean(values) if values else math.nan), (statistics.stdev(values) if len(values) > 1 else math.nan)
+
+
+def _scipy_stats():
+    try:
+        from scipy import stats
+    except ImportError:
+        raise ImportError("The study's intervals and tests need scipy. "
+                          "Install it with: pip install 'timm_emoreg[study]'") from None
+    return stats
+
+
+def paired_difference(ours: Sequence[float], theirs: Sequence[float], confidence: float = 0.95) -> Difference:
+    """Student's paired t test and the interval of the mean of ``ours - theirs``.
+
+    Args:
+        ours: One value a seed.
+        theirs: The value of the same seed, at the same place.
+        confidence: Coverage of the interval, in (0, 1).
+
+    Raises:
+        ValueError: If the two differ in length.
+        ImportError: Without scipy.
+    """
+    differences = [a - b for a, b in zip(ours, theirs, strict=True)]
+    n, (mean, sd) = len(differences), mean_sd(differences)
+    if n < 2:
+        return Difference(n, mean, sd, math.nan, math.nan, math.nan)
+    if sd == 0:
+        return Difference(n, mean, sd, mean, mean, math.nan)
+    student = _scipy_stats().t(n - 1)
+    error = sd / math.sqrt(n)
+    margin = student.ppf((1 + confidence) / 2) * error
+    return Difference(n, mean, sd, float(mean - margin), float(mean + margin), float(2 * student.sf(abs(mean) / error)))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's step-down correction (1979) for a family of tests: adjusted p, in the order given.
+
+    NaN stays NaN and does not count as a test.
+    """
+    order = sorted((i for i, p in enumerate(p_values) if not math.isnan(p)), key=lambda i: p_values[i])
+    adjusted, largest = [math.nan] * len(p_values), 0.0
+    for rank, i in enumerate(order):
+        largest = max(largest, min(1.0, (len(order) - rank) * p_values[i]))
+        adjusted[i] = largest
+    return adjusted
+
+
+def mcnemar(won: int, lost: int) -> float:
+    """McNemar's exact test of two classifiers on the same images, two-sided p.
+
+    Args:
+        won: Number of images that only the first one has right.
+        lost: Number of images that only the second one has right.
+
+    Raises:
+        ImportError: Without scipy.
+    """
+    if won + lost == 0:
+        return 1.0
+    return float(_scipy_stats().binomtest(won, won + lost).pvalue)

@@ -1,0 +1,581 @@
+"""Does affective pre-training help? A grid of training runs and its evaluation: python -m timm_emoreg.study.
+
+    python -m timm_emoreg.study run --output DIR --stimuli ferplus --train-images 1000 5000 --seeds 0 1 2 3 4
+    python -m timm_emoreg.study table --output DIR
+
+`run` may be stopped and started again at any time: finished runs are kept, an interrupted one goes on.
+
+The arms; S stands for stage 1 on the stimuli, whose result is shared by the arms that need the same one:
+    plain        the bare backbone
+    plain+       the same, longer by as many images as S sees
+    init         S, then an ordinary head
+    regulated    S, then the dual head: the method
+    random       the dual head without S
+    shuffled     S with shuffled labels, then the dual head
+    content      S with labels that are no emotions, then the dual head: OASIS category, emoji group, nEMO speaker
+    unlabelled   S predicts rotations, then the dual head
+Each takes options after a colon, with commas between: learned, gate, loss, separate, no-modulation for the arms with
+the dual head; shuffled, content, unlabelled for init; and name=value, a flag of train.py, for all. For example
+regulated:learned, regulated:balance=0.25, init:shuffled, plain:lr=0.05.
+"""
+from __future__ import annotations
+
+import argparse
+import csv
+import fcntl
+import functools
+import json
+import os
+import shlex
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+import timm
+
+import timm_emoreg
+
+from .data import STIMULI, TARGETS, DataError, load_stimuli, load_target
+from .data.choices import unknown_choice
+
+__all__ = ['Arm', 'Run', 'StudyError', 'parse_arm', 'plan', 'read_rows']
+
+
+class StudyError(ValueError):
+    """A study that cannot be run or evaluated as asked; the message names the value and the remedy."""
+
+
+# -- arms --------------------------------------------------------------------------------------------------------------
+
+# arm -> task of stage 2, and the labels of stage 1, None without stage 1
+ARMS = {
+    'plain': ('plain', None),
+    'plain+': ('plain', None),
+    'init': ('plain', 'affect'),
+    'regulated': ('emoreg', 'affect'),
+    'random': ('emoreg', None),
+    'shuffled': ('emoreg', 'shuffled'),
+    'content': ('emoreg', 'content'),
+    'unlabelled': ('emoreg', 'unlabelled'),
+}
+LABELS = ('shuffled', 'content', 'unlabelled')  # controls of stage 1
+METHOD = {
+    'learned': ('--balance', 'learned'),
+    'gate': ('--balance', 'gate'),
+    'loss': ('--balanced-in', 'loss'),
+    'separate': ('--separate-experience',),
+    'no-modulation': ('--no-modulation',),
+}
+CONTENT = {'emoji': 'group', 'oasis': 'category', 'nemo': 'speaker'}  # labels that are no emotions
+# what the study itself decides for each run
+RESERVED = ('model', 'task', 'seed', 'dataset', 'train-images', 'epochs', 'affect-epochs', 'experience', 'stimuli',
+            'stimuli-labels', 'shuffle-stimuli-labels', 'data-dir', 'device', 'output', 'experiment', 'resume')
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train.
+
+    Args:
+        name: Base and options, ``base:option,option``.
+        base: A key of `ARMS`.
+        task: ``'plain'`` or ``'emoreg'``, the task of stage 2.
+        labels: Labels of stage 1: ``'affect'``, ``'shuffled'``, ``'content'``, ``'unlabelled'``; None without it.
+        flags: What stage 2 gets from the options.
+    """
+
+    name: str
+    base: str
+    task: str
+    labels: str | None
+    flags: tuple[str, ...]
+
+    @property
+    def has_stimuli(self) -> bool:
+        return self.base != 'plain'
+
+
+def parse_arm(name: str) -> Arm:
+    """The arm of that name.
+
+    Raises:
+        DataError: If the base or an option is unknown; the message gives the nearest name.
+    """
+    base, _, options = name.partition(':')
+    if base not in ARMS:
+        raise unknown_choice('', 'arm', base, ARMS)
+    task, labels = ARMS[base]
+    known = [*(METHOD if task == 'emoreg' else LABELS if base == 'init' else ()), 'name=value']
+    flags: list[str] = []
+    for option in options.split(',') if ':' in name else ():
+        flag, equals, value = option.partition('=')
+        if equals and flag and value:
+            if flag in RESERVED:
+                raise StudyError(f'arm {name!r}: --{flag} is set by the study. Use its own option for that.')
+            flags += [f'--{flag}', value]
+        elif option in METHOD and task == 'emoreg':
+            flags += METHOD[option]
+        elif option in LABELS and base == 'init':
+            labels = option
+        else:
+            raise unknown_choice(f'arm {name!r}', 'option', option, known)
+    return Arm(name, base, task, labels, tuple(flags))
+
+
+# -- plan --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Run:
+    """One call of train.py.
+
+    Args:
+        key: Its name, and that of its folder.
+        arm: Name of the arm; for stage 1 ``'affect'``, with the control after a colon.
+        task: ``'affect'``, ``'plain'`` or ``'emoreg'``.
+        stimuli: Name of the stimuli, empty for `plain`.
+        target: Name of the classification, empty for stage 1.
+        train_images: How many of its training images, ``'all'``, or empty for stage 1.
+        flags: Of train.py, without paths and machine.
+        needs: Key of its stage 1, None if it has none.
+    """
+
+    key: str
+    arm: str
+    task: str
+    model: str
+    stimuli: str
+    target: str
+    train_images: str
+    seed: int
+    epochs: int
+    flags: tuple[str, ...]
+    needs: str | None = None
+
+
+@functools.cache
+def stimuli_images(name: str, data_dir: str | None) -> int:
+    """Number of images that an epoch of stage 1 sees."""
+    return len(load_stimuli(name, data_dir).train)
+
+
+@functools.cache
+def target_images(name: str, data_dir: str | None) -> int:
+    """Number of training images of the whole classification."""
+    return len(load_target(name, data_dir).train)
+
+
+def _name(*parts: object) -> str:
+    """A readable file name; a path counts by its last part."""
+    return '_'.join(Path(str(part)).name.replace(':', '.') for part in parts)
+
+
+def plan(args: argparse.Namespace) -> tuple[list[Run], list[str]]:
+    """The runs of a grid, seed by seed, each stage 1 before what needs it; and a line for each thing left out.
+
+    Raises:
+        DataError: If an arm is unknown, or `plain+` needs the size of a set that is not there.
+        StudyError: If two runs would get the same name.
+    """
+    runs: dict[str, Run] = {}
+    notes: dict[str, None] = {}
+
+    def add(run: Run) -> Run:
+        if runs.setdefault(run.key, run) != run:
+            raise StudyError(f'{run.key}: two runs would have that name. Rename one of the folders, or study them in '
+                             'two calls with two --output.')
+        return run
+
+    def stage_1(model: str, stimuli: str, labels: str, seed: int) -> Run:
+        arm = 'affect' if labels == 'affect' else f'affect:{labels}'
+        flags = {'affect': (), 'shuffled': ('--shuffle-stimuli-labels',),
+                 'content': ('--stimuli-labels', CONTENT.get(stimuli, '')),
+                 'unlabelled': ('--stimuli-labels', 'rotation')}[labels]
+        return add(Run(_name(model, stimuli, arm, f's{seed}'), arm, 'affect', model, stimuli, '', '', seed,
+                       args.affect_epochs, (
+                           '--model', model, '--seed', str(seed), '--task', 'affect', '--stimuli', stimuli, *flags,
+                           '--epochs', str(args.affect_epochs), *args.flags, *args.affect_flags)))
+
+    arms = [parse_arm(name) for name in args.arms]
+    for seed, model, stimuli, target, images, arm in product(
+            args.seeds, args.models, args.stimuli, args.targets, args.train_images, arms):
+        if arm.labels == 'content' and stimuli not in CONTENT:
+            notes[f'{arm.name}: skipped for {stimuli}, which has only affective labels.'] = None
+            continue
+        epochs, flags = args.epochs, ()
+        if arm.base == 'plain+':
+            number = target_images(target, args.data_dir) if images == 'all' else int(images)
+            epochs += round(args.affect_epochs * stimuli_images(stimuli, args.data_dir) / number)
+        elif arm.base == 'random':
+            flags = ('--experience', 'none', '--stimuli', stimuli)
+        stimuli = stimuli if arm.has_stimuli else ''
+        key = _name(model, *((stimuli,) if stimuli else ()), target, images, arm.name, f's{seed}')
+        needs = stage_1(model, stimuli, arm.labels, seed).key if arm.labels else None
+        add(Run(key, arm.name, arm.task, model, stimuli, target, images, seed, epochs, (
+            '--model', model, '--seed', str(seed), '--task', arm.task, '--dataset', target,
+            *(() if images == 'all' else ('--train-images', images)), *flags, '--epochs', str(epochs),
+            *args.flags, *args.target_flags, *arm.flags), needs))
+    return list(runs.values()), list(notes)
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+COLUMNS = ('key', 'arm', 'model', 'stimuli', 'target', 'train_images', 'images', 'seed', 'epochs', 'best_epoch',
+           'metric', 'validation', 'test', 'balance', 'seconds', 'precision', 'device', 'flags')
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a csv, none if there is no such file."""
+    if not path.is_file():
+        return []
+    with open(path, newline='') as file:
+        return list(csv.DictReader(file))
+
+
+def write_rows(path: Path, rows: Iterable[dict], columns: Sequence[str]) -> None:
+    """A csv, which appears as a whole or not at all."""
+    part = path.with_name(path.name + '.part')
+    with open(part, 'w', newline='') as file:
+        writer = csv.DictWriter(file, columns, lineterminator='\n')
+        writer.writeheader()
+        writer.writerows(rows)
+    part.replace(path)
+
+
+@contextmanager
+def hold(folder: Path) -> Iterator[int]:
+    """The lock of a study's folder, as a file descriptor.
+
+    Runs inherit it: if the study is killed, they hold it until they end, so that no run is ever trained twice at once.
+
+    Raises:
+        StudyError: If another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / 'study.lock', 'a+') as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise StudyError(f'{folder}: process {file.read().strip()} runs this study, or a run that it left behind '
+                             'is not finished. Wait for it, or end it.') from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield file.fileno()
+
+
+def _hours(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f'{minutes // 60} h {minutes % 60:02d} min' if minutes >= 60 else f'{minutes} min' if minutes else '< 1 min'
+
+
+# -- run ---------------------------------------------------------------------------------------------------------------
+
+
+class Study:
+    """The runs of a folder: which are finished, and how the others get there.
+
+    Args:
+        folder: Of the study.
+        script: train.py.
+        devices: One a job, in turn.
+        jobs: How many runs at a time.
+        threads: CPU threads of a run.
+        data_dir: Data sets, None for train.py's default.
+        keep_checkpoints: Otherwise only the best checkpoint of stage 1 stays.
+    """
+
+    def __init__(self, folder: Path, script: Path, devices: Sequence[str] = ('cpu',), jobs: int = 1, threads: int = 1,
+                 data_dir: str | None = None, keep_checkpoints: bool = False):
+        self.folder, self.script, self.devices, self.jobs, self.threads = folder, script, devices, jobs, threads
+        self.data_dir, self.keep_checkpoints = data_dir, keep_checkpoints
+        self.rows = {name: read_rows(folder / name) for name in ('results.csv', 'stage1.csv')}
+        self.signals: list[int] = []
+
+    def _recorded(self, run: Run) -> dict:
+        """What an earlier call wrote about the run when it started it: flags, and seconds of interrupted attempts."""
+        path = self.folder / 'runs' / f'{run.key}.json'
+        return json.loads(path.read_text()) if path.is_file() else {}
+
+    def _record(self, run: Run, seconds: float) -> None:
+        path = self.folder / 'runs' / f'{run.key}.json'
+        part = path.with_name(path.name + '.part')
+        part.write_text(json.dumps({'flags': run.flags, 'seconds': round(seconds, 1)}))
+        part.replace(path)
+
+    def _result(self, run: Run) -> Path:
+        return self.folder / 'runs' / run.key / run.task / 'result.json'
+
+    def is_finished(self, run: Run) -> bool:
+        return self._result(run).is_file() or any(row['key'] == run.key for rows in self.rows.values() for row in rows)
+
+    def check(self, runs: Iterable[Run]) -> None:
+        """Refuse runs that were made, or begun, with other flags.
+
+        Raises:
+            StudyError: If there is one.
+        """
+        before = {row['key']: row['flags'] for rows in self.rows.values() for row in rows}
+        for run in runs:
+            recorded = self._recorded(run)
+            flags = shlex.join(recorded['flags']) if recorded else before.get(run.key)
+            if flags not in (None, shlex.join(run.flags)):
+                raise StudyError(f'{run.key} was begun with the flags "{flags}", and now they are '
+                                 f'"{shlex.join(run.flags)}". Give the same ones, or another --output.')
+
+    def _take(self, run: Run) -> dict:
+        """A finished run's row, written to the csv, and its checkpoints removed."""
+        path = self._result(run)
+        result = json.loads(path.read_text())
+        row = {
+            'key': run.key, 'arm': run.arm, 'model': run.model, 'stimuli': run.stimuli, 'target': run.target,
+            'train_images': run.train_images, 'images': result['train_images'], 'seed': run.seed,
+            'epochs': result['epochs'], 'best_epoch': result['best_epoch'], 'metric': result['metric'],
+            'validation': result['validation'], 'test': result['test'][result['metric']],
+            'balance': result['balance'], 'precision': result['precision'], 'device': result['device'],
+            'seconds': round(result['seconds'] + self._recorded(run).get('seconds', 0), 1),
+            'flags': shlex.join(run.flags)}
+        name = 'stage1.csv' if run.task == 'affect' else 'results.csv'
+        self.rows[name].append({k: '' if v is None else str(v) for k, v in row.items()})
+        write_rows(self.folder / name, self.rows[name], COLUMNS)
+        if not self.keep_checkpoints:
+            for checkpoint in path.parent.glob('*.pth.tar'):
+                if run.task != 'affect' or checkpoint.name != 'model_best.pth.tar':
+                    checkpoint.unlink()
+        return row
+
+    def _start(self, run: Run, slot: int, lock: int) -> subprocess.Popen:
+        folder, log = self.folder / 'runs' / run.key, self.folder / 'logs' / f'{run.key}.log'
+        log.parent.mkdir(exist_ok=True)
+        folder.parent.mkdir(exist_ok=True)
+        self._record(run, self._recorded(run).get('seconds', 0))
+        command = [sys.executable, str(self.script), '--device', self.devices[slot % len(self.devices)]]
+        if (folder / 'args.json').is_file():
+            command += ['--resume', str(folder)]
+        else:
+            if folder.is_dir():  # killed before it wrote its settings: nothing is lost, and train.py wants it new
+                shutil.rmtree(folder)
+            command += [*run.flags, '--output', str(folder.parent), '--experiment', run.key]
+            if run.needs:
+                command += ['--experience', str(folder.parent / run.needs)]
+            if self.data_dir:
+                command += ['--data-dir', self.data_dir]
+        threads = str(self.threads)
+        with open(log, 'a') as file:
+            file.write(f'$ {shlex.join(command)}\n')
+            file.flush()
+            # in a session of its own, so that Ctrl-C reaches it only as the SIGTERM below
+            return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
+                                    env={**os.environ, 'OMP_NUM_THREADS': threads, 'MKL_NUM_THREADS': threads},
+                                    pass_fds=(lock,), start_new_session=True)
+
+    def seconds_left(self, waiting: Iterable[Run], running: Iterable[tuple[Run, float]] = ()) -> float | None:
+        """Estimate from the seconds an epoch of the finished runs that are most alike; None before the first one."""
+        pace = defaultdict(list)
+
+        def kinds(model, arm, stimuli, target, images):
+            first = arm.startswith('affect')
+            return (model, arm, stimuli, target, images), (model, first, target, images), (model, first), ()
+
+        for rows in self.rows.values():
+            for row in rows:
+                for kind in kinds(*(row[k] for k in ('model', 'arm', 'stimuli', 'target', 'train_images'))):
+                    pace[kind].append(float(row['seconds']) / int(row['epochs']))
+        if not pace:
+            return None
+
+        def estimate(run):
+            kind = next(k for k in kinds(run.model, run.arm, run.stimuli, run.target, run.train_images) if k in pace)
+            return statistics.median(pace[kind]) * run.epochs
+
+        total = sum(estimate(run) for run in waiting) + sum(max(estimate(r) - passed, 0) for r, passed in running)
+        return total / self.jobs
+
+    def execute(self, runs: Sequence[Run], lock: int) -> int:
+        """Train what is not finished; 0 if all is well, 1 if a run failed, 128 + the number of a signal.
+
+        Args:
+            runs: In the order of `plan`.
+            lock: Descriptor of the lock, which the runs inherit.
+        """
+        known = {row['key'] for rows in self.rows.values() for row in rows}
+        for run in runs:
+            if run.key not in known and self._result(run).is_file():
+                self._take(run)
+        waiting = [run for run in runs if not self.is_finished(run)]
+        needed = {run.needs for run in waiting}
+        waiting = [run for run in waiting if run.task != 'affect' or run.key in needed]
+        done = {run.key for run in runs if self.is_finished(run)}
+        total, count = len(waiting), 0
+        print(f'{total} runs to do, {len(done)} finished before; {self.jobs} at a time', flush=True)
+        running: dict[int, tuple[Run, subprocess.Popen, float]] = {}
+        failed: dict[str, str] = {}
+        stopped = 0
+        while running or (waiting and not self.signals):
+            for slot in range(self.jobs):
+                run = next((r for r in waiting if r.needs is None or r.needs in done), None)
+                if slot not in running and run is not None and not self.signals:
+                    waiting.remove(run)
+                    running[slot] = run, self._start(run, slot, lock), time.monotonic()
+            if len(self.signals) > stopped:
+                stopped = len(self.signals)
+                print('stopping: the runs write a checkpoint first' if stopped == 1 else 'killing the runs', flush=True)
+                for _, process, _ in running.values():
+                    process.terminate() if stopped == 1 else process.kill()
+            time.sleep(0.05)
+            for slot, (run, process, began) in list(running.items()):
+                if process.poll() is None:
+                    continue
+                del running[slot]
+                seconds = time.monotonic() - began
+                log = self.folder / 'logs' / f'{run.key}.log'
+                if process.returncode == 0 and self._result(run).is_file():
+                    row = self._take(run)
+                    done.add(run.key)
+                    outcome = f'{row["metric"]} {row["test"]:.4g}, {row["seconds"]:.0f} s'
+                else:
+                    self._record(run, self._recorded(run).get('seconds', 0) + seconds)
+                    if self.signals:
+                        continue
+                    reason = log.read_text(errors='replace').strip().splitlines()[-1]
+                    failed[run.key] = f'exit status {process.returncode}: {reason[:300]}\n    {log}'
+                    lost = [r for r in waiting if r.needs == run.key]
+                    failed |= {r.key: f'not run, as its stage 1 failed, {run.key}' for r in lost}
+                    waiting = [r for r in waiting if r not in lost]
+                    count += len(lost)
+                    outcome = f'failed, {log}'
+                count += 1
+                left = self.seconds_left(waiting, [(r, time.monotonic() - b) for r, _, b in running.values()])
+                rest = '' if left is None or count == total else f'; about {_hours(left)} left'
+                print(f'[{count}/{total}] {run.key}: {outcome}{rest}', flush=True)
+        if self.signals:
+            print(f'stopped with {total - count} runs to do. The same command goes on.', flush=True)
+            return 128 + self.signals[0]
+        for key, reason in failed.items():
+            print(f'failed: {key}: {reason}', file=sys.stderr)
+        return int(bool(failed))
+
+
+# -- command -----------------------------------------------------------------------------------------------------------
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog='python -m timm_emoreg.study', description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest='command', required=True)
+    run = commands.add_parser('run', help='train what is not finished; flags of train.py for all runs go after --')
+    run.add_argument('--models', nargs='+', default=['emoreg_resnet18'], help='emoreg_*, or any timm model')
+    run.add_argument('--stimuli', nargs='+', default=['emoji'], help=f'{", ".join(STIMULI)}, or a folder')
+    run.add_argument('--targets', nargs='+', default=['cifar10'], help=f'{", ".join(TARGETS)}, or a folder')
+    run.add_argument('--train-images', nargs='+', default=['all'], help="numbers of training images, or 'all'")
+    run.add_argument('--arms', nargs='+', default=list(ARMS), help='default: the eight above')
+    run.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2, 3, 4])
+    run.add_argument('--epochs', type=int, default=20, help='of stage 2')
+    run.add_argument('--affect-epochs', type=int, help='of stage 1 (default: --epochs)')
+    run.add_argument('--affect-flags', type=shlex.split, default=[], metavar="'FLAGS'",
+                     help="flags of train.py for stage 1 alone; a single one needs '=': --affect-flags=--no-aug")
+    run.add_argument('--target-flags', type=shlex.split, default=[], metavar="'FLAGS'", help='the same for stage 2')
+    run.add_argument('--jobs', type=int, default=1, help='runs at a time')
+    run.add_argument('--devices', nargs='+', default=['cpu'], help='of the jobs, in turn: cpu, cuda:0 ...')
+    run.add_argument('--threads', type=int, help='CPU threads a run (default: the cores, shared out among the jobs)')
+    run.add_argument('--train-script', type=Path, help='default: the train.py beside the package')
+    run.add_argument('--keep-checkpoints', action='store_true',
+                     help="all of them; else only stage 1's best, as a ResNet-18 leaves 270 MB a run")
+    run.add_argument('--dry-run', action='store_true', help='print the plan and do nothing')
+    table = commands.add_parser('table', help='table.md, table.csv, forest.png and curves.png of what is finished')
+    table.add_argument('--duplicates', action='store_true',
+                       help='test images with a near copy among the training images, and accuracy without them')
+    for command in (run, table):
+        command.add_argument('--output', type=Path, required=True, metavar='DIR', help="the study's folder")
+        command.add_argument('--data-dir', help='data sets (default: $EMOREG_DATA, ~/.cache/emoreg-data)')
+    return parser
+
+
+def _check(args: argparse.Namespace) -> None:
+    for model in args.models:
+        if not timm.is_model(model.split('.')[0]):
+            raise unknown_choice('', 'model', model, timm.list_models('emoreg*'), 'Or give any of timm.list_models().')
+    for what, names, known in (('stimuli', args.stimuli, STIMULI), ('target', args.targets, TARGETS)):
+        for name in names:
+            if name not in known and not os.path.isdir(name):
+                raise unknown_choice('', what, name, known, 'Or give a folder with a subfolder per class.')
+    for images in args.train_images:
+        if images != 'all' and not (images.isdecimal() and int(images) > 0):
+            raise StudyError(f"--train-images {images}: expected a number of images, or 'all'.")
+    for name in ('epochs', 'affect_epochs', 'jobs', 'threads'):
+        if getattr(args, name) < 1:
+            raise StudyError(f'--{name.replace("_", "-")} {getattr(args, name)}: expected 1 or more.')
+    for flag in (*args.flags, *args.affect_flags, *args.target_flags):
+        if flag.startswith('--') and flag[2:].split('=')[0] in RESERVED:
+            raise StudyError(f"{flag}: is set by the study. Use the study's own option for that.")
+    if not args.train_script.is_file():
+        raise StudyError(f'{args.train_script}: there is no training script. Give the path of the '
+                         "repository's train.py with --train-script.")
+
+
+def _run(args: argparse.Namespace) -> int:
+    args.affect_epochs = args.epochs if args.affect_epochs is None else args.affect_epochs
+    if args.threads is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+        args.threads = max(1, cores // max(1, args.jobs))
+    args.train_script = args.train_script or Path(timm_emoreg.__file__).parents[1] / 'train.py'
+    _check(args)
+    runs, notes = plan(args)
+    print(*notes, sep='\n', end='\n' if notes else '')
+
+    def study() -> Study:
+        made = Study(args.output.resolve(), args.train_script.resolve(), args.devices, args.jobs, args.threads,
+                     args.data_dir, args.keep_checkpoints)
+        made.check(runs)
+        return made
+
+    if args.dry_run:
+        looked = study()
+        finished = [looked.is_finished(run) for run in runs]
+        for run, is_finished in zip(runs, finished, strict=True):
+            print(f'{"finished" if is_finished else "to do"}: {run.key}: train.py {shlex.join(run.flags)}'
+                  + (f' --experience {run.needs}' if run.needs else ''))
+        first = sum(run.task == 'affect' for run in runs)
+        print(f'{len(runs)} runs: {first} of stage 1, {len(runs) - first} of stage 2; {sum(finished)} finished')
+        return 0
+    study()  # what does not fit is refused before anything is written
+    with hold(args.output) as lock:
+        running = study()
+        handlers = {number: signal.signal(number, lambda number, frame: running.signals.append(number))
+                    for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            return running.execute(runs, lock)
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; 0 if all is well, 1 if a run failed, 2 if something was refused."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    own = argv.index('--') if '--' in argv else len(argv)
+    args = _parser().parse_args(argv[:own])
+    args.flags = argv[own + 1:]
+    try:
+        if args.command == 'run':
+            return _run(args)
+        from .study_table import write_table
+        print(write_table(args.output, args.data_dir, args.duplicates))
+        return 0
+    except (StudyError, DataError, OSError, ImportError) as e:
+        print(f'study: {e}', file=sys.stderr)
+        return 2
+
+
+if __name__ == '__main__':
+    sys.exit(main())
