@@ -12,7 +12,8 @@ import sys
 import zlib
 from pathlib import Path
 
-GAIN = {'init': 1.5, 'regulated': 2.5, 'shuffled': 0.3, 'unlabelled': 1.0, 'random': -1.0, 'content': 0.8, 'plain+': 1.2}
+GAIN = {'plain+': 1.2, 'init': 1.5, 'regulated': 2.5, 'random': -1.0, 'shuffled': 0.3, 'content': 0.8,
+        'unlabelled': 1.0}
 
 parser = argparse.ArgumentParser()
 parser.add_argument('--resume', type=Path)
@@ -28,7 +29,8 @@ if args.resume:
     args = argparse.Namespace(**json.loads((folder / 'args.json').read_text()))
 else:
     folder.mkdir()
-    (folder / 'args.json').write_text(json.dumps({k: v for k, v in vars(args).items() if k not in ('output', 'resume')}))
+    kept = {name: value for name, value in vars(args).items() if name not in ('output', 'resume')}
+    (folder / 'args.json').write_text(json.dumps(kept))
 if args.experience not in (None, 'none') and not Path(args.experience, 'affect', 'model_best.pth.tar').is_file():
     sys.exit(f'{args.experience}: holds no stage 1')
 if args.experiment in os.environ.get('FAKE_FAIL', '').split():

@@ -26,7 +26,8 @@ class Difference(NamedTuple):
 
 def mean_sd(values: Sequence[float]) -> tuple[float, float]:
     """Mean and sample standard deviation (divisor n - 1); NaN where there are too few values."""
-    return (statistics.mean(values) if values else math.nan), (statistics.stdev(values) if len(values) > 1 else math.nan)
+    mean = statistics.mean(values) if values else math.nan
+    return mean, statistics.stdev(values) if len(values) > 1 else math.nan
 
 
 def _scipy_stats():

@@ -1,0 +1,216 @@
+"""The grid of a study: arms, the runs they need, and the csv of what is finished."""
+from __future__ import annotations
+
+import argparse
+import csv
+import functools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+from .data import load_stimuli, load_target
+from .data.choices import unknown_choice
+
+__all__ = ['ARMS', 'COLUMNS', 'RESERVED', 'Arm', 'Run', 'StudyError', 'parse_arm', 'plan', 'read_rows', 'write_rows']
+
+
+class StudyError(ValueError):
+    """A study that cannot be run or evaluated as asked; the message names the value and the remedy."""
+
+
+# -- arms --------------------------------------------------------------------------------------------------------------
+
+# arm -> task of stage 2, and the labels of stage 1, None without stage 1
+ARMS = {
+    'plain': ('plain', None),
+    'plain+': ('plain', None),
+    'init': ('plain', 'affect'),
+    'regulated': ('emoreg', 'affect'),
+    'random': ('emoreg', None),
+    'shuffled': ('emoreg', 'shuffled'),
+    'content': ('emoreg', 'content'),
+    'unlabelled': ('emoreg', 'unlabelled'),
+}
+LABELS = ('shuffled', 'content', 'unlabelled')  # controls of stage 1
+METHOD = {
+    'learned': ('--balance', 'learned'),
+    'gate': ('--balance', 'gate'),
+    'loss': ('--balanced-in', 'loss'),
+    'separate': ('--separate-experience',),
+    'no-modulation': ('--no-modulation',),
+}
+CONTENT = {'emoji': 'group', 'oasis': 'category', 'nemo': 'speaker'}  # labels that are no emotions
+# what the study itself decides for each run
+RESERVED = ('model', 'task', 'seed', 'dataset', 'train-images', 'epochs', 'affect-epochs', 'experience', 'stimuli',
+            'stimuli-labels', 'shuffle-stimuli-labels', 'data-dir', 'device', 'output', 'experiment', 'resume')
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train.
+
+    Args:
+        name: Base and options, ``base:option,option``.
+        base: A key of `ARMS`.
+        task: ``'plain'`` or ``'emoreg'``, the task of stage 2.
+        labels: Labels of stage 1: ``'affect'``, ``'shuffled'``, ``'content'``, ``'unlabelled'``; None without it.
+        flags: What stage 2 gets from the options.
+    """
+
+    name: str
+    base: str
+    task: str
+    labels: str | None
+    flags: tuple[str, ...]
+
+    @property
+    def has_stimuli(self) -> bool:
+        return self.base != 'plain'
+
+
+def parse_arm(name: str) -> Arm:
+    """The arm of that name.
+
+    Raises:
+        DataError: If the base or an option is unknown; the message gives the nearest name.
+    """
+    base, _, options = name.partition(':')
+    if base not in ARMS:
+        raise unknown_choice('', 'arm', base, ARMS)
+    task, labels = ARMS[base]
+    known = [*(METHOD if task == 'emoreg' else LABELS if base == 'init' else ()), 'name=value']
+    flags: list[str] = []
+    for option in options.split(',') if ':' in name else ():
+        flag, equals, value = option.partition('=')
+        if equals and flag and value:
+            if flag in RESERVED:
+                raise StudyError(f'arm {name!r}: --{flag} is set by the study. Use its own option for that.')
+            flags += [f'--{flag}', value]
+        elif option in METHOD and task == 'emoreg':
+            flags += METHOD[option]
+        elif option in LABELS and base == 'init':
+            labels = option
+        else:
+            raise unknown_choice(f'arm {name!r}', 'option', option, known)
+    return Arm(name, base, task, labels, tuple(flags))
+
+
+# -- plan --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Run:
+    """One call of train.py.
+
+    Args:
+        key: Its name, and that of its folder.
+        arm: Name of the arm; for stage 1 ``'affect'``, with the control after a colon.
+        task: ``'affect'``, ``'plain'`` or ``'emoreg'``.
+        stimuli: Name of the stimuli, empty for `plain`.
+        target: Name of the classification, empty for stage 1.
+        train_images: How many of its training images, ``'all'``, or empty for stage 1.
+        flags: Of train.py, without paths and machine.
+        needs: Key of its stage 1, None if it has none.
+    """
+
+    key: str
+    arm: str
+    task: str
+    model: str
+    stimuli: str
+    target: str
+    train_images: str
+    seed: int
+    epochs: int
+    flags: tuple[str, ...]
+    needs: str | None = None
+
+
+@functools.cache
+def stimuli_images(name: str, data_dir: str | None) -> int:
+    """Number of images that an epoch of stage 1 sees."""
+    return len(load_stimuli(name, data_dir).train)
+
+
+@functools.cache
+def target_images(name: str, data_dir: str | None) -> int:
+    """Number of training images of the whole classification."""
+    return len(load_target(name, data_dir).train)
+
+
+def _name(*parts: object) -> str:
+    """A readable file name; a path counts by its last part."""
+    return '_'.join(Path(str(part)).name.replace(':', '.') for part in parts)
+
+
+def plan(args: argparse.Namespace) -> tuple[list[Run], list[str]]:
+    """The runs of a grid, seed by seed, each stage 1 before what needs it; and a line for each thing left out.
+
+    Raises:
+        DataError: If an arm is unknown, or `plain+` needs the size of a set that is not there.
+        StudyError: If two runs would get the same name.
+    """
+    runs: dict[str, Run] = {}
+    notes: dict[str, None] = {}
+
+    def add(run: Run) -> Run:
+        if runs.setdefault(run.key, run) != run:
+            raise StudyError(f'{run.key}: two runs would have that name. Rename one of the folders, or study them in '
+                             'two calls with two --output.')
+        return run
+
+    def stage_1(model: str, stimuli: str, labels: str, seed: int) -> Run:
+        arm = 'affect' if labels == 'affect' else f'affect:{labels}'
+        flags = {'affect': (), 'shuffled': ('--shuffle-stimuli-labels',),
+                 'content': ('--stimuli-labels', CONTENT.get(stimuli, '')),
+                 'unlabelled': ('--stimuli-labels', 'rotation')}[labels]
+        return add(Run(_name(model, stimuli, arm, f's{seed}'), arm, 'affect', model, stimuli, '', '', seed,
+                       args.affect_epochs, (
+                           '--model', model, '--seed', str(seed), '--task', 'affect', '--stimuli', stimuli, *flags,
+                           '--epochs', str(args.affect_epochs), *args.flags, *args.affect_flags)))
+
+    arms = [parse_arm(name) for name in args.arms]
+    for seed, model, stimuli, target, images, arm in product(
+            args.seeds, args.models, args.stimuli, args.targets, args.train_images, arms):
+        if arm.labels == 'content' and stimuli not in CONTENT:
+            notes[f'{arm.name}: skipped for {stimuli}, which has only affective labels.'] = None
+            continue
+        epochs, flags = args.epochs, ()
+        if arm.base == 'plain+':
+            number = target_images(target, args.data_dir) if images == 'all' else int(images)
+            epochs += round(args.affect_epochs * stimuli_images(stimuli, args.data_dir) / number)
+        elif arm.base == 'random':
+            flags = ('--experience', 'none', '--stimuli', stimuli)
+        stimuli = stimuli if arm.has_stimuli else ''
+        key = _name(model, *((stimuli,) if stimuli else ()), target, images, arm.name, f's{seed}')
+        needs = stage_1(model, stimuli, arm.labels, seed).key if arm.labels else None
+        add(Run(key, arm.name, arm.task, model, stimuli, target, images, seed, epochs, (
+            '--model', model, '--seed', str(seed), '--task', arm.task, '--dataset', target,
+            *(() if images == 'all' else ('--train-images', images)), *flags, '--epochs', str(epochs),
+            *args.flags, *args.target_flags, *arm.flags), needs))
+    return list(runs.values()), list(notes)
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+COLUMNS = ('key', 'arm', 'model', 'stimuli', 'target', 'train_images', 'images', 'seed', 'epochs', 'best_epoch',
+           'metric', 'validation', 'test', 'balance', 'seconds', 'precision', 'device', 'flags')
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a csv, none if there is no such file."""
+    if not path.is_file():
+        return []
+    with open(path, newline='') as file:
+        return list(csv.DictReader(file))
+
+
+def write_rows(path: Path, rows: Iterable[dict], columns: Sequence[str]) -> None:
+    """A csv, which appears as a whole or not at all."""
+    part = path.with_name(path.name + '.part')
+    with open(part, 'w', newline='') as file:
+        writer = csv.DictWriter(file, columns, lineterminator='\n')
+        writer.writeheader()
+        writer.writerows(rows)
+    part.replace(path)

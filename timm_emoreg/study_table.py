@@ -1,0 +1,278 @@
+"""Tables of a study: each arm against plain, each method against its controls, and what duplicates change."""
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from .data import load_target
+from .data.controls import fewer_images
+from .data.duplicates import NEAR, copies
+from .statistics import Difference, holm, mcnemar, mean_sd, paired_difference
+from .study_grid import ARMS, StudyError, read_rows, write_rows
+
+__all__ = ['Comparison', 'Setting', 'compare', 'controls', 'read_settings', 'write_table']
+
+
+class Setting(NamedTuple):
+    """What is compared at a time: ``arms`` maps the name of an arm to its rows of results.csv by seed."""
+
+    model: str
+    stimuli: str
+    target: str
+    train_images: str
+    arms: dict[str, dict[int, dict[str, str]]]
+
+    @property
+    def title(self) -> str:
+        images = 'all' if self.train_images == 'all' else f'{int(self.train_images):,}'
+        stimuli = f'{Path(self.stimuli).name} → ' if self.stimuli else ''
+        return f'{self.model}: {stimuli}{Path(self.target).name}, {images} training images'
+
+
+def _order(arm: str) -> tuple:
+    base = arm.partition(':')[0]
+    return list(ARMS).index(base), arm
+
+
+def read_settings(folder: Path) -> list[Setting]:
+    """The finished runs of a study; `plain`, which has no stimuli, is in the setting of each.
+
+    Raises:
+        StudyError: If there are none.
+    """
+    rows = read_rows(folder / 'results.csv')
+    if not rows:
+        raise StudyError(f'{folder / "results.csv"}: no finished run yet. Start some: python -m timm_emoreg.study run')
+    places = {(row['model'], row['stimuli'], row['target'], row['train_images']): None for row in rows}
+    with_stimuli = {(model, target, images) for model, stimuli, target, images in places if stimuli}
+    settings = []
+    for model, stimuli, target, images in places:
+        if not stimuli and (model, target, images) in with_stimuli:
+            continue
+        arms: dict[str, dict[int, dict[str, str]]] = {}
+        for row in rows:
+            if ((row['model'], row['target'], row['train_images']) == (model, target, images)
+                    and row['stimuli'] in ('', stimuli)):
+                arms.setdefault(row['arm'], {})[int(row['seed'])] = row
+        settings.append(Setting(model, stimuli, target, images, {arm: arms[arm] for arm in sorted(arms, key=_order)}))
+    return settings
+
+
+# -- comparisons -------------------------------------------------------------------------------------------------------
+
+
+class Comparison(NamedTuple):
+    """`arm` minus `versus` over their common seeds.
+
+    Args:
+        arm: Name of the one.
+        versus: Name of the other.
+        by_seed: Difference of the test accuracies in points, seed by seed.
+        difference: Their mean and what it is worth.
+        pairs: For each common seed with predictions: seed, images that only `arm` has right, only `versus`.
+    """
+
+    arm: str
+    versus: str
+    by_seed: tuple[float, ...]
+    difference: Difference
+    pairs: tuple[tuple[int, int, int], ...]
+
+    @property
+    def won(self) -> int:
+        return sum(won for _, won, _ in self.pairs)
+
+    @property
+    def lost(self) -> int:
+        return sum(lost for _, _, lost in self.pairs)
+
+    @property
+    def mcnemar_p(self) -> float:
+        return mcnemar(self.won, self.lost) if self.pairs else math.nan
+
+
+def read_predictions(folder: Path, key: str) -> list[tuple[int, int]] | None:
+    """Target and prediction of each test image of a run, in order; None if the run left none."""
+    found = sorted((folder / 'runs' / key).glob('*/predictions.csv'))
+    return [(int(row['target']), int(row['prediction'])) for row in read_rows(found[0])] if found else None
+
+
+def compare(folder: Path, setting: Setting, arm: str, versus: str) -> Comparison:
+    """Compare two arms of a setting over their common seeds."""
+    ours, theirs = setting.arms[arm], setting.arms[versus]
+    seeds = sorted(ours.keys() & theirs.keys())
+    pairs = []
+    for seed in seeds:
+        a, b = (read_predictions(folder, rows[seed]['key']) for rows in (ours, theirs))
+        if a is None or b is None or [target for target, _ in a] != [target for target, _ in b]:
+            continue
+        right = [(x == target, y == target) for (target, x), (_, y) in zip(a, b, strict=True)]
+        pairs.append((seed, sum(x and not y for x, y in right), sum(y and not x for x, y in right)))
+    tests = [[float(rows[seed]['test']) for seed in seeds] for rows in (ours, theirs)]
+    by_seed = tuple(a - b for a, b in zip(*tests, strict=True))
+    return Comparison(arm, versus, by_seed, paired_difference(*tests), tuple(pairs))
+
+
+def controls(arm: str, known: Iterable[str]) -> list[str]:
+    """The arms that decide what a gain of `arm` means, among those `known`: one family for Holm's correction.
+
+    For the regulated arms the plain ones, init, and each control with the same options of the dual head, so that
+    stage 1 is all that differs; for `init` the plain ones and its own controls.
+    """
+    base, _, options = arm.partition(':')
+    if base == 'regulated':
+        suffix = f':{options}' if options else ''
+        family = ['plain', 'plain+', 'init', *(f'{c}{suffix}' for c in ('random', 'shuffled', 'content', 'unlabelled'))]
+    elif arm == 'init':
+        family = ['plain', 'plain+', 'init:shuffled', 'init:content', 'init:unlabelled']
+    else:
+        family = []
+    return [control for control in family if control in set(known)]
+
+
+# -- markdown ----------------------------------------------------------------------------------------------------------
+
+
+def _number(value: float, digits: int = 2, sign: bool = False) -> str:
+    return 'n/a' if math.isnan(value) else f'{value:{"+" if sign else ""}.{digits}f}'
+
+
+def _p(value: float) -> str:
+    return 'n/a' if math.isnan(value) else f'{value:.3f}' if value >= 0.001 else '< 0.001'
+
+
+def _interval(difference: Difference) -> str:
+    mean = _number(difference.mean, sign=True)
+    if math.isnan(difference.low):
+        return mean
+    return f'{mean} [{_number(difference.low, sign=True)}, {_number(difference.high, sign=True)}]'
+
+
+def _spread(values: Sequence[float]) -> str:
+    mean, sd = mean_sd(values)
+    return _number(mean) + ('' if math.isnan(sd) else f' ± {_number(sd)}')
+
+
+def _markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ['---', *['---:'] * (len(header) - 1)], *rows]
+    return '\n'.join(f'| {" | ".join(line)} |' for line in lines) + '\n'
+
+
+def _column(rows: dict[int, dict[str, str]], name: str) -> list[float]:
+    return [float(row[name]) for row in rows.values()]
+
+
+NOTES = '''Test accuracy in percent, of the epoch that the validation part chose. ± is the sd over seeds. Differences
+are paired by seed (same split, order and initial weights where two arms have the same layer), in points, with the 95 %
+interval and p of Student's paired t test. Holm: p corrected for all comparisons of that arm in its table. Images: test
+images that only the arm has right : only the control, over all seeds, and McNemar's exact test on these sums. The
+images are the same ones for each seed, so their number is overstated and that p is optimistic.
+'''
+
+
+# -- duplicates --------------------------------------------------------------------------------------------------------
+
+
+def _duplicates(folder: Path, settings: Sequence[Setting], data_dir: str | None) -> str:
+    parts = [f'## Test images with a copy among the training images\n\nNear: all three colours of all 8x8 cells '
+             f'differ by at most {NEAR:g} grey levels from a training image, root mean square; exact copies are near. '
+             'Mirrored and shifted copies are not looked for. The last column is the accuracy without near ones.\n']
+    found: dict[tuple, tuple[list[int], object, object]] = {}
+    rows = []
+    for setting in settings:
+        splits = load_target(setting.target, data_dir)
+        labels = splits.test.targets.tolist()
+        for arm, runs in setting.arms.items():
+            counts, whole, kept = [], [], []
+            for seed, row in runs.items():
+                place = setting.target, setting.train_images, None if setting.train_images == 'all' else seed
+                if place not in found:
+                    part = splits if place[2] is None else fewer_images(splits, int(setting.train_images), seed)
+                    found[place] = copies(part.train.images, splits.test.images)
+                exact, near = found[place]
+                counts.append((int(exact.sum()), int(near.sum())))
+                predictions = read_predictions(folder, row['key'])
+                if predictions is not None and [target for target, _ in predictions] == labels:
+                    right = [target == prediction for target, prediction in predictions]
+                    whole.append(100 * statistics.mean(right))
+                    kept.append(100 * statistics.mean(r for r, n in zip(right, near.tolist(), strict=True) if not n))
+            rows.append((setting.title, arm, *(_number(statistics.mean(c), 1) for c in zip(*counts, strict=True)),
+                         _spread(whole), _spread(kept)))
+    parts.append(_markdown(('setting', 'arm', 'exact', 'near', 'test top1', 'without near'), rows))
+    return '\n'.join(parts)
+
+
+# -- all of it ---------------------------------------------------------------------------------------------------------
+
+COLUMNS = ('model', 'stimuli', 'target', 'train_images', 'arm', 'versus', 'n', 'mean', 'sd', 'validation_mean',
+           'validation_sd', 'seconds', 'difference', 'difference_sd', 'low', 'high', 'p', 'holm_p', 'won', 'lost',
+           'mcnemar_p', 'won_lost_by_seed')
+
+
+def _setting_table(folder: Path, setting: Setting) -> tuple[str, list[dict]]:
+    """A setting's markdown, and its rows for the csv: one an arm, one a comparison."""
+    place = dict(zip(COLUMNS, setting[:4], strict=False))
+    text, rows = [f'## {setting.title}\n'], []
+    lines = []
+    for arm, runs in setting.arms.items():
+        test, validation = _column(runs, 'test'), _column(runs, 'validation')
+        seconds = statistics.median(_column(runs, 'seconds'))
+        rows.append({**place, 'arm': arm, 'n': len(test), 'seconds': seconds,
+                     **dict(zip(('mean', 'sd'), mean_sd(test), strict=True)),
+                     **dict(zip(('validation_mean', 'validation_sd'), mean_sd(validation), strict=True))})
+        versus = ('', '')
+        if arm != 'plain' and 'plain' in setting.arms:
+            difference = compare(folder, setting, arm, 'plain').difference
+            versus = (_interval(difference), _p(difference.p)) if difference.n else ('no common seed', 'n/a')
+        lines.append((arm, str(len(test)), _spread(test), _spread(validation), *versus, f'{seconds:,.0f}'))
+    text.append(_markdown(('arm', 'n', 'test top1', 'validation', 'minus plain', 'p', 'median s'), lines))
+
+    for arm in setting.arms:
+        family = controls(arm, setting.arms)
+        comparisons = [c for c in (compare(folder, setting, arm, control) for control in family) if c.difference.n]
+        corrected = holm([c.difference.p for c in comparisons])
+        compared = [(c, p) for c, p in zip(comparisons, corrected, strict=True)]
+        if compared:
+            text.append(_markdown(
+                (f'{arm} minus', 'n', 'difference', 'p', 'Holm p', 'images', 'McNemar p'),
+                [(c.versus, str(c.difference.n), _interval(c.difference), _p(c.difference.p), _p(p),
+                  f'{c.won} : {c.lost}' if c.pairs else 'n/a', _p(c.mcnemar_p)) for c, p in compared]))
+        elif arm != 'plain' and 'plain' in setting.arms:  # its difference to plain, in no family
+            compared = [(compare(folder, setting, arm, 'plain'), math.nan)]
+        for c, p in compared:
+            d = c.difference
+            rows.append({**place, 'arm': arm, 'versus': c.versus, 'n': d.n, 'difference': d.mean,
+                         'difference_sd': d.sd, 'low': d.low, 'high': d.high, 'p': d.p, 'holm_p': p, 'won': c.won,
+                         'lost': c.lost, 'mcnemar_p': c.mcnemar_p,
+                         'won_lost_by_seed': ' '.join(f'{seed}:{won}/{lost}' for seed, won, lost in c.pairs)})
+    if any(len(runs) < 2 for runs in setting.arms.values()):
+        text.append('A single seed gives no sd, no interval and no t test: n/a.\n')
+    return '\n'.join(text), rows
+
+
+def write_table(folder: Path, data_dir: str | None = None, duplicates: bool = False) -> str:
+    """Write table.md and table.csv of a study's finished runs, and give the markdown.
+
+    Args:
+        folder: Of the study.
+        data_dir: Data sets, for the duplicates.
+        duplicates: Report test images with a copy among the training images, too.
+
+    Raises:
+        StudyError: If no run is finished.
+        DataError: If the data for the duplicates is not there.
+        ImportError: Without scipy.
+    """
+    settings = read_settings(folder)
+    tables = [_setting_table(folder, setting) for setting in settings]
+    text = '\n'.join(['# Study\n', NOTES, *(table for table, _ in tables)])
+    if duplicates:
+        text += '\n' + _duplicates(folder, settings, data_dir)
+    part = folder / 'table.md.part'
+    part.write_text(text)
+    part.replace(folder / 'table.md')
+    write_rows(folder / 'table.csv', [row for _, rows in tables for row in rows], COLUMNS)
+    return text
