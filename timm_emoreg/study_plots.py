@@ -12,9 +12,9 @@ from .study_table import Setting, compare, controls
 
 __all__ = ['draw_forest', 'draw_learning_curves']
 
-# Okabe and Ito's colours, told apart by colour-blind readers too; line and marker tell the arms apart without colour
+# of Okabe and Ito's colours, told apart by colour-blind readers too; line and marker tell the arms apart without colour
 STYLES = dict(zip(ARMS, (
-    ('#000000', '-', 'o'), ('#999999', '--', 's'), ('#56B4E9', '-', '^'), ('#D55E00', '-', 'D'), ('#F0E442', '--', 'v'),
+    ('#000000', '-', 'o'), ('#999999', '--', 's'), ('#56B4E9', '-', '^'), ('#D55E00', '-', 'D'), ('#E69F00', '--', 'v'),
     ('#0072B2', '--', 'P'), ('#CC79A7', '-.', 'X'), ('#009E73', ':', '*')), strict=True))
 
 
@@ -80,48 +80,58 @@ def draw_forest(folder: Path, settings: Sequence[Setting], picture: Path) -> Non
         axis.grid(axis='x', alpha=0.3)
         axis.set_title(setting.title, fontsize=10)
         axis.set_xlabel('difference of test top1 in points')
+    low, high = min(axis.get_xlim()[0] for axis in axes), max(axis.get_xlim()[1] for axis in axes)
+    for axis in axes:
+        axis.set_xlim(low, high)
     figure.suptitle('Paired differences with 95 % interval (number of seeds); small dots: seeds, hollow: one seed',
                     fontsize=10)
     _save(figure, picture)
 
 
 def draw_learning_curves(folder: Path, settings: Sequence[Setting], picture: Path) -> None:
-    """Draw the validation accuracy by epoch to a PNG, a panel a setting: mean over seeds, band from lowest to highest.
+    """Draw the validation accuracy by epoch to a PNG, a panel a setting: the mean over seeds, and for `plain` and
+    `regulated` a band from the lowest to the highest seed.
 
     Arms without options only, so that the panels stay readable. The epochs are on a logarithmic axis where `plain+`
     is more than three times as long as the others.
     """
-    from matplotlib.ticker import ScalarFormatter
+    from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
-    figure, axes = _figure(len(settings), 6.2, 4.2)
-    shown = {}
+    figure, axes = _figure(len(settings), 6.2, 5)
     for axis, setting in zip(axes, settings, strict=True):
-        ends = []
+        lengths, lines = [], []
         for arm, runs in setting.arms.items():
+            if ':' in arm:
+                continue
             by_epoch = defaultdict(list)
             for row in runs.values():
                 for path in (folder / 'runs' / row['key']).glob('*/summary.csv'):
                     for line in read_rows(path):
                         if line.get('eval_top1'):
                             by_epoch[int(line['epoch']) + 1].append(float(line['eval_top1']))
-            if ':' in arm or not by_epoch:
+            if not by_epoch:
                 continue
             epochs = sorted(by_epoch)
-            ends.append(epochs[-1])
+            means = [statistics.mean(by_epoch[epoch]) for epoch in epochs]
             colour, style, marker = STYLES[arm]
-            shown[arm], = axis.plot(epochs, [statistics.mean(by_epoch[e]) for e in epochs], style, color=colour,
-                                    marker=marker, markersize=5, markevery=max(1, len(epochs) // 8),
-                                    markeredgecolor='black', markeredgewidth=0.4)
-            axis.fill_between(epochs, [min(by_epoch[e]) for e in epochs], [max(by_epoch[e]) for e in epochs],
-                              color=colour, alpha=0.12, linewidth=0)
-        if ends and max(ends) > 3 * min(ends):
+            line, = axis.plot(epochs, means, style, color=colour, marker=marker, markersize=5.5, linewidth=1.4,
+                              markevery=max(1, len(epochs) // 10), markeredgecolor='black', markeredgewidth=0.4)
+            if arm in ('plain', 'regulated'):
+                axis.fill_between(epochs, *([end(by_epoch[e]) for e in epochs] for end in (min, max)),
+                                  color=colour, alpha=0.15, linewidth=0)
+            lengths.append(epochs[-1])
+            lines.append((means[-1], line, f'{arm} ({len(runs)}): {means[-1]:.1f}'))
+        if lengths and max(lengths) > 3 * min(lengths):
             axis.set_xscale('log')
             axis.xaxis.set_major_formatter(ScalarFormatter())
+        else:
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        lines.sort(key=lambda entry: -entry[0])
+        axis.legend([line for _, line, _ in lines], [text for _, _, text in lines], loc='lower right', fontsize=9,
+                    title='arm (seeds): at the end', title_fontsize=9)
         axis.set_title(setting.title, fontsize=10)
         axis.set_xlabel('epoch')
         axis.set_ylabel('validation top1')
         axis.grid(alpha=0.3)
-    if shown:
-        arms = [arm for arm in ARMS if arm in shown]
-        figure.legend([shown[arm] for arm in arms], arms, loc='outside lower center', ncols=len(arms), fontsize=9)
+    figure.suptitle('Mean over seeds; bands of plain and regulated: lowest to highest seed', fontsize=10)
     _save(figure, picture)
