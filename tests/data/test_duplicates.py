@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from timm_emoreg.data.duplicates import copies
+
+
+@pytest.fixture
+def images():
+    return np.random.default_rng(0).integers(0, 256, (60, 32, 32, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize('block', [1, 7, 1000])
+def test_exact_and_near_copies_are_found(images, block):
+    train, test = images[:40], images[40:].copy()
+    test[3] = train[17]
+    test[5] = train[2] // 2 + 60
+    brighter = train[30] // 2 + 69  # 9 grey levels more than the training image below
+    exact, near = copies(np.concatenate([train, train[30:31] // 2 + 60]), np.concatenate([test, brighter[None]]),
+                         block=block)
+    assert exact.nonzero()[0].tolist() == [3]
+    assert near.nonzero()[0].tolist() == [3, 20]
+
+
+def test_near_is_the_root_mean_square_of_the_cells(images):
+    train = images[:1] // 2
+    for shift, expected in ((8, True), (12, False)):
+        assert copies(train, train + np.uint8(shift))[1].tolist() == [expected]
+    assert copies(train, train + np.uint8(12), near=12.01)[1].tolist() == [True]
+    noise = train.copy()  # within each cell of 4x4 pixels, and so gone at 8x8
+    noise[:, ::2] += 40
+    noise[:, 1::2] -= np.minimum(noise[:, 1::2], 40)
+    assert copies(train, train)[0].tolist() == [True]
+    assert copies(train, noise)[0].tolist() == [False]
+
+
+def test_the_distance_is_that_of_all_pairs(images):
+    train, test = images[:30], images[30:]
+    cells = [x.reshape(-1, 8, 4, 8, 4, 3).mean((2, 4)).reshape(-1, 192) for x in (train, test)]
+    distance = np.sqrt(((cells[1][:, None] - cells[0][None]) ** 2).mean(2)).min(1)
+    limit = float(np.median(distance))
+    assert copies(train, test, near=limit)[1].sum() == pytest.approx(15, abs=1)
+    assert (copies(train, test, near=limit + 0.01)[1] == (distance <= limit + 0.01)).all()

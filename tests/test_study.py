@@ -1,0 +1,224 @@
+"""The command of the study; tests/fake_train.py stands for train.py, and the last test uses the real one."""
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from timm_emoreg import study
+from timm_emoreg.study import Study, hold, main
+from timm_emoreg.study_grid import StudyError, read_rows
+
+FAKE = Path(__file__).parent / 'fake_train.py'
+SMALL = ('--models', 'test_resnet', '--stimuli', 'emoji', '--train-images', '1000', '--epochs', '3')
+
+
+@pytest.fixture
+def run(tmp_path, capsys):
+    """Call the command `run` on tmp_path/s; gives its status and what it printed."""
+    def call(*argv, script=FAKE, own=()):
+        status = main(['run', '--output', str(tmp_path / 's'), '--train-script', str(script), *SMALL,
+                       *map(str, argv), *(('--', *own) if own else ())])
+        return status, *capsys.readouterr()
+    return call
+
+
+def keys(tmp_path, name='results.csv') -> list[str]:
+    return [row['key'] for row in read_rows(tmp_path / 's' / name)]
+
+
+def starts(tmp_path) -> dict[str, int]:
+    """How often each run was started."""
+    return {log.stem: sum(line.startswith('$ ') for line in log.read_text().splitlines())
+            for log in (tmp_path / 's/logs').iterdir()}
+
+
+def test_a_grid_is_run_once(run, tmp_path):
+    arms = ('--arms', 'plain', 'regulated', 'init', '--seeds', 0, 1)
+    status, out, err = run(*arms, '--jobs', 3, '--threads', 2, own=('--val-interval', '2'))
+    assert (status, err) == (0, '')
+    assert '8 runs to do, 0 finished before; 3 at a time' in out
+    assert '[8/8]' in out
+    assert ' left\n' in out
+    rows = read_rows(tmp_path / 's/results.csv')
+    assert len(rows) == 6
+    assert sorted(keys(tmp_path, 'stage1.csv')) == [f'test_resnet_emoji_affect_s{seed}' for seed in (0, 1)]
+    row = next(row for row in rows if row['key'] == 'test_resnet_emoji_cifar10_1000_regulated_s1')
+    result = json.loads((tmp_path / 's/runs' / row['key'] / 'emoreg/result.json').read_text())
+    assert float(row['test']) == result['test']['top1']
+    assert float(row['validation']) == result['validation']
+    assert (row['arm'], row['stimuli'], row['seed'], row['balance'], row['device']) == (
+        'regulated', 'emoji', '1', '0.5', 'CPU, 2 threads')
+    assert row['flags'].endswith('--epochs 3 --val-interval 2')
+    assert float(row['seconds']) == result['seconds']
+    assert result['experience'] == str(tmp_path / 's/runs/test_resnet_emoji_affect_s1')
+    kept = {str(path.relative_to(tmp_path / 's/runs')) for path in (tmp_path / 's/runs').glob('*/*/*.pth.tar')}
+    assert kept == {f'test_resnet_emoji_affect_s{seed}/affect/model_best.pth.tar' for seed in (0, 1)}
+
+    before = (tmp_path / 's/results.csv').read_text()
+    status, out, _ = run(*arms, '--arms', 'plain', 'regulated', 'init', own=('--val-interval', '2'))
+    assert status == 0
+    assert '0 runs to do, 8 finished before' in out
+    assert (tmp_path / 's/results.csv').read_text() == before
+    assert set(starts(tmp_path).values()) == {1}
+
+
+def test_another_arm_later_takes_the_stage_1_that_is_there(run, tmp_path):
+    assert run('--arms', 'regulated', '--seeds', 0)[0] == 0
+    assert '1 runs to do, 2 finished before' in run('--arms', 'regulated', 'init', '--seeds', 0)[1]
+    assert starts(tmp_path)['test_resnet_emoji_affect_s0'] == 1
+
+
+def test_checkpoints_can_be_kept(run, tmp_path):
+    assert run('--arms', 'plain', '--seeds', 0, '--keep-checkpoints')[0] == 0
+    assert len(list((tmp_path / 's/runs').glob('*/plain/*.pth.tar'))) == 2
+
+
+def test_a_result_without_a_row_gets_one(run, tmp_path):
+    arms = ('--arms', 'plain', '--seeds', 0, 1)
+    assert run(*arms)[0] == 0
+    lines = (tmp_path / 's/results.csv').read_text().splitlines()
+    (tmp_path / 's/results.csv').write_text('\n'.join(lines[:-1]) + '\n')  # killed between result and row
+    assert run(*arms)[0] == 0
+    assert (tmp_path / 's/results.csv').read_text().splitlines() == lines
+    assert set(starts(tmp_path).values()) == {1}
+
+
+def test_a_failed_run_is_reported_and_the_others_go_on(run, tmp_path, monkeypatch):
+    arms = ('--arms', 'plain', 'regulated', 'random', 'shuffled', '--seeds', 0)
+    monkeypatch.setenv('FAKE_FAIL', 'test_resnet_cifar10_1000_plain_s0 test_resnet_emoji_affect_s0')
+    status, out, err = run(*arms)
+    assert status == 1
+    assert '[5/6]' in out or '[6/6]' in out
+    log = tmp_path / 's/logs/test_resnet_cifar10_1000_plain_s0.log'
+    assert f'failed: test_resnet_cifar10_1000_plain_s0: exit status 1: the loss is nan\n    {log}' in err
+    assert ('failed: test_resnet_emoji_cifar10_1000_regulated_s0: not run, as its stage 1 failed, '
+            'test_resnet_emoji_affect_s0') in err
+    assert [key.split('_')[-2] for key in keys(tmp_path)] == ['random', 'shuffled']
+    monkeypatch.delenv('FAKE_FAIL')
+    assert run(*arms)[0] == 0  # tried again
+    assert len(keys(tmp_path)) == 4
+    assert 'resumed' in log.read_text()
+    assert '--resume' in log.read_text()
+
+
+def test_a_stopped_study_goes_on_where_it_was(tmp_path):
+    slow = 'test_resnet_emoji_cifar10_1000_random_s0'
+    command = [sys.executable, '-m', 'timm_emoreg.study', 'run', '--output', str(tmp_path / 's'), '--train-script',
+               str(FAKE), *SMALL, '--arms', 'plain', 'random', 'init', '--seeds', '0', '--jobs', '1']
+    environment = {**os.environ, 'FAKE_WAIT': slow}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    for line in process.stdout:
+        if line.startswith('[1/4]'):
+            break
+    while not (tmp_path / 's/runs' / slow / 'started').exists():
+        assert process.poll() is None
+    with pytest.raises(StudyError, match=f'process {process.pid} runs this study'), hold(tmp_path / 's'):
+        pass
+    second = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert second.returncode == 2
+    assert f'study: {tmp_path / "s"}: process {process.pid} runs this study' in second.stderr
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGINT
+    assert 'stopped with 3 runs to do. The same command goes on.' in out
+    assert keys(tmp_path) == ['test_resnet_cifar10_1000_plain_s0']
+    assert json.loads((tmp_path / f's/runs/{slow}.json').read_text())['seconds'] > 0
+    again = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert (again.returncode, again.stderr) == (0, '')
+    assert starts(tmp_path) == {'test_resnet_cifar10_1000_plain_s0': 1, 'test_resnet_emoji_affect_s0': 1, slow: 2,
+                                'test_resnet_emoji_cifar10_1000_init_s0': 1}
+    row = next(row for row in read_rows(tmp_path / 's/results.csv') if row['key'] == slow)
+    assert float(row['seconds']) > 6.0  # those of both attempts; the second one took 2 an epoch
+
+
+def test_a_folder_without_settings_is_begun_anew(run, tmp_path):
+    folder = tmp_path / 's/runs/test_resnet_cifar10_1000_plain_s0'
+    folder.mkdir(parents=True)
+    (folder / 'args.json.part').touch()
+    assert run('--arms', 'plain', '--seeds', 0)[0] == 0
+    assert not (folder / 'args.json.part').exists()
+
+
+def test_a_dry_run_writes_nothing(run, tmp_path):
+    status, out, _ = run('--dry-run', '--stimuli', 'emoji', 'ferplus', '--arms', 'plain', 'content', '--seeds', 0, 1)
+    assert status == 0
+    assert 'content: skipped for ferplus, which has only affective labels.' in out
+    assert ('to do: test_resnet_emoji_cifar10_1000_content_s1: train.py --model test_resnet --seed 1 --task emoreg '
+            '--dataset cifar10 --train-images 1000 --epochs 3 --experience test_resnet_emoji_affect.content_s1') in out
+    assert '6 runs: 2 of stage 1, 4 of stage 2; 0 finished' in out
+    assert not (tmp_path / 's').exists()
+
+
+def test_jobs_get_their_devices_in_turn(run, tmp_path):
+    assert run('--arms', 'plain', '--seeds', 0, 1, 2, 3, '--jobs', 4, '--devices', 'cuda:0', 'cuda:1')[0] == 0
+    devices = [log.read_text().split('--device ')[1].split()[0] for log in (tmp_path / 's/logs').iterdir()]
+    assert sorted(devices) == ['cuda:0', 'cuda:0', 'cuda:1', 'cuda:1']
+
+
+def test_time_left_is_that_of_like_runs(run, tmp_path):
+    assert run('--arms', 'plain', 'init', '--seeds', 0)[0] == 0
+    parts = Study(tmp_path / 's', FAKE, jobs=2)
+    rows = {row['key']: row for rows in parts.rows.values() for row in rows}
+    rows['test_resnet_cifar10_1000_plain_s0']['seconds'] = '30'
+    runs = study.plan(study._parser().parse_args(['run', '--output', 'x', *SMALL, '--affect-epochs', '2', '--arms',
+                                                  'plain', 'init', 'random', '--seeds', '1'],
+                                                 main_namespace()))[0]
+    plain, first, init, random = runs
+    assert parts.seconds_left([plain]) == 15  # 30 s a run, two at a time
+    assert parts.seconds_left([first]) == 2 * 2 / 2
+    assert parts.seconds_left([init]) == 3
+    assert parts.seconds_left([random]) == pytest.approx(3 * (10 + 2) / 2 / 2)  # the median of the target's
+    assert parts.seconds_left([init], [(plain, 20.0), (init, 100.0)]) == 3 + 5
+    assert Study(tmp_path / 'none', FAKE).seconds_left([plain]) is None
+
+
+def main_namespace():
+    return study.argparse.Namespace(flags=[])
+
+
+@pytest.mark.parametrize(('argv', 'message'), [
+    (('--models', 'emoreg_resnet_18'), "model 'emoreg_resnet_18' is unknown"),
+    (('--stimuli', 'ferpuls'), "stimuli 'ferpuls' is unknown"),
+    (('--targets', 'cifar'), "target 'cifar' is unknown"),
+    (('--arms', 'regulatd'), "Did you mean 'regulated'?"),
+    (('--train-images', '1e3'), "--train-images 1e3: expected a number of images, or 'all'."),
+    (('--jobs', '0'), '--jobs 0: expected 1 or more'),
+    (('--affect-epochs', '0'), '--affect-epochs 0: expected 1 or more'),
+    (('--affect-flags', '--lr 1 --seed 3'), '--seed: is set by the study'),
+    (('--train-script', 'nowhere.py'), 'nowhere.py: there is no training script'),
+    (('--', '--epochs=3'), '--epochs=3: is set by the study'),
+])
+def test_what_does_not_fit_is_refused(run, tmp_path, argv, message):
+    status, _, err = run(*argv)
+    assert status == 2
+    assert message in err
+    assert not (tmp_path / 's').exists()
+
+
+def test_a_run_with_other_flags_is_no_run_of_this_study(run, tmp_path):
+    assert run('--arms', 'plain', '--seeds', 0)[0] == 0
+    status, _, err = run('--arms', 'plain', '--seeds', 0, own=('--lr', '0.2'))
+    assert status == 2
+    assert 'test_resnet_cifar10_1000_plain_s0 was begun with the flags "--model test_resnet' in err
+    assert '--lr 0.2". Give the same ones, or another --output.' in err
+
+
+def test_the_real_training_script(run, tmp_path, capsys):
+    own = ('--img-size', '32', '-b', '16', '--no-amp')
+    status, out, err = run('--targets', 'emoji', '--train-images', '100', '--epochs', '1', '--arms', 'plain',
+                           'regulated', 'shuffled', '--seeds', 0, '--jobs', 2,
+                           script=Path(__file__).parents[1] / 'train.py', own=own)
+    assert (status, err) == (0, ''), out
+    assert {row['arm']: row['images'] for row in read_rows(tmp_path / 's/results.csv')} == dict.fromkeys(
+        ('plain', 'regulated', 'shuffled'), '100')
+    assert main(['table', '--output', str(tmp_path / 's')]) == 0
+    text = capsys.readouterr().out
+    assert '## test_resnet: emoji → emoji, 100 training images' in text
+    assert '| regulated minus | n |' in text
+    assert {'table.md', 'table.csv', 'forest.png', 'curves.png'} <= set(os.listdir(tmp_path / 's'))
