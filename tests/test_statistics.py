@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import builtins
 import math
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -67,7 +68,7 @@ def test_holm_keeps_order_and_lies_between_p_and_bonferroni(p):
     found = holm(p)
     assert all(a <= b <= min(1, a * len(p)) or b == pytest.approx(a) for a, b in zip(p, found, strict=True))
     ranked = sorted(range(len(p)), key=lambda i: p[i])
-    assert all(found[i] <= found[j] for i, j in zip(ranked, ranked[1:], strict=False))
+    assert all(found[i] <= found[j] for i, j in pairwise(ranked))
 
 
 @pytest.mark.parametrize(('won', 'lost'), [(0, 0), (9, 2), (2, 9), (5, 5), (700, 640)])

@@ -4,8 +4,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -94,7 +93,8 @@ def test_a_failed_run_is_reported_and_the_others_go_on(run, tmp_path, monkeypatc
     monkeypatch.setenv('FAKE_FAIL', 'test_resnet_cifar10_1000_plain_s0 test_resnet_emoji_affect_s0')
     status, out, err = run(*arms)
     assert status == 1
-    assert '[5/6]' in out or '[6/6]' in out
+    assert '[3/6] test_resnet_emoji_affect_s0: failed' in out
+    assert '[6/6]' in out
     log = tmp_path / 's/logs/test_resnet_cifar10_1000_plain_s0.log'
     assert f'failed: test_resnet_cifar10_1000_plain_s0: exit status 1: the loss is nan\n    {log}' in err
     assert ('failed: test_resnet_emoji_cifar10_1000_regulated_s0: not run, as its stage 1 failed, '
@@ -107,34 +107,66 @@ def test_a_failed_run_is_reported_and_the_others_go_on(run, tmp_path, monkeypatc
     assert '--resume' in log.read_text()
 
 
-def test_a_stopped_study_goes_on_where_it_was(tmp_path):
+def test_a_stopped_study_goes_on_where_it_was(run, tmp_path, monkeypatch):
     slow = 'test_resnet_emoji_cifar10_1000_random_s0'
-    command = [sys.executable, '-m', 'timm_emoreg.study', 'run', '--output', str(tmp_path / 's'), '--train-script',
-               str(FAKE), *SMALL, '--arms', 'plain', 'random', 'init', '--seeds', '0', '--jobs', '1']
-    environment = {**os.environ, 'FAKE_WAIT': slow}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
-    for line in process.stdout:
-        if line.startswith('[1/4]'):
-            break
-    while not (tmp_path / 's/runs' / slow / 'started').exists():
-        assert process.poll() is None
-    with pytest.raises(StudyError, match=f'process {process.pid} runs this study'), hold(tmp_path / 's'):
-        pass
-    second = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert second.returncode == 2
-    assert f'study: {tmp_path / "s"}: process {process.pid} runs this study' in second.stderr
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGINT
+    arms = ('--arms', 'plain', 'random', 'init', '--seeds', 0)
+    monkeypatch.setenv('FAKE_WAIT', slow)
+    refused = []
+
+    def stop_it():
+        while not (tmp_path / 's/runs' / slow / 'started').exists():
+            pass
+        try:
+            with hold(tmp_path / 's'):
+                pass
+        except StudyError as e:
+            refused.append(str(e))
+        os.kill(os.getpid(), signal.SIGINT)
+
+    stopper = threading.Thread(target=stop_it)
+    handler = signal.getsignal(signal.SIGINT)
+    stopper.start()
+    status, out, err = run(*arms)
+    stopper.join()
+    assert (status, err) == (128 + signal.SIGINT, '')
+    assert signal.getsignal(signal.SIGINT) is handler
     assert 'stopped with 3 runs to do. The same command goes on.' in out
+    assert refused[0].startswith(f'{tmp_path / "s"}: process {os.getpid()} runs this study')
     assert keys(tmp_path) == ['test_resnet_cifar10_1000_plain_s0']
     assert json.loads((tmp_path / f's/runs/{slow}.json').read_text())['seconds'] > 0
-    again = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert (again.returncode, again.stderr) == (0, '')
+    status, _, err = run(*arms)
+    assert (status, err) == (0, '')
     assert starts(tmp_path) == {'test_resnet_cifar10_1000_plain_s0': 1, 'test_resnet_emoji_affect_s0': 1, slow: 2,
                                 'test_resnet_emoji_cifar10_1000_init_s0': 1}
     row = next(row for row in read_rows(tmp_path / 's/results.csv') if row['key'] == slow)
     assert float(row['seconds']) > 6.0  # those of both attempts; the second one took 2 an epoch
+
+
+def test_a_study_that_is_running_is_not_started_twice(run, tmp_path):
+    with hold(tmp_path / 's'):
+        status, _, err = run('--arms', 'plain')
+    assert status == 2
+    assert f'study: {tmp_path / "s"}: process {os.getpid()} runs this study' in err
+    assert os.listdir(tmp_path / 's') == ['study.lock']
+    assert run('--arms', 'plain', '--seeds', 0)[0] == 0
+
+
+def test_a_run_that_was_left_behind_holds_the_lock(tmp_path, monkeypatch):
+    args = study._parser().parse_args(['run', '--output', 'x', *SMALL, '--affect-epochs', '1', '--arms', 'plain'])
+    args.flags = []
+    first = study.plan(args)[0][0]
+    monkeypatch.setenv('FAKE_WAIT', first.key)
+    (tmp_path / 's/runs').mkdir(parents=True)
+    with hold(tmp_path / 's') as lock:
+        process = Study(tmp_path / 's', FAKE)._start(first, 0, lock)
+        while not (tmp_path / 's/runs' / first.key / 'started').exists():
+            assert process.poll() is None
+    with pytest.raises(StudyError, match='a run that it left behind is not finished'), hold(tmp_path / 's'):
+        pass
+    process.terminate()
+    process.wait()
+    with hold(tmp_path / 's'):
+        pass
 
 
 def test_a_folder_without_settings_is_begun_anew(run, tmp_path):
@@ -166,20 +198,16 @@ def test_time_left_is_that_of_like_runs(run, tmp_path):
     parts = Study(tmp_path / 's', FAKE, jobs=2)
     rows = {row['key']: row for rows in parts.rows.values() for row in rows}
     rows['test_resnet_cifar10_1000_plain_s0']['seconds'] = '30'
-    runs = study.plan(study._parser().parse_args(['run', '--output', 'x', *SMALL, '--affect-epochs', '2', '--arms',
-                                                  'plain', 'init', 'random', '--seeds', '1'],
-                                                 main_namespace()))[0]
-    plain, first, init, random = runs
+    args = study._parser().parse_args(['run', '--output', 'x', *SMALL, '--affect-epochs', '2', '--seeds', '1',
+                                       '--arms', 'plain', 'init', 'random'])
+    args.flags = []
+    plain, first, init, random = study.plan(args)[0]
     assert parts.seconds_left([plain]) == 15  # 30 s a run, two at a time
     assert parts.seconds_left([first]) == 2 * 2 / 2
     assert parts.seconds_left([init]) == 3
     assert parts.seconds_left([random]) == pytest.approx(3 * (10 + 2) / 2 / 2)  # the median of the target's
     assert parts.seconds_left([init], [(plain, 20.0), (init, 100.0)]) == 3 + 5
     assert Study(tmp_path / 'none', FAKE).seconds_left([plain]) is None
-
-
-def main_namespace():
-    return study.argparse.Namespace(flags=[])
 
 
 @pytest.mark.parametrize(('argv', 'message'), [

@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from timm_emoreg import study_table
+from timm_emoreg.data import ImageSet, Splits, Target
+from timm_emoreg.study_grid import COLUMNS, StudyError, read_rows, write_rows
+from timm_emoreg.study_table import compare, controls, read_settings, write_table
+
+TESTS = {'plain': (66.0, 65.0, 67.0), 'init': (68.0, 66.0, 68.5), 'regulated': (70.0, 67.0, 71.0),
+         'random': (65.0, 64.5, 66.0), 'shuffled': (66.5, 65.0, 67.5), 'regulated:learned': (66.0,)}
+
+
+def write_run(folder, arm, seed, test, stimuli='emoji', images='1000', predictions=None):
+    key = f'{arm.replace(":", ".")}_{images}_s{seed}'
+    rows = read_rows(folder / 'results.csv')
+    row = dict.fromkeys(COLUMNS, '') | {
+        'key': key, 'arm': arm, 'model': 'resnet10t', 'stimuli': '' if arm == 'plain' else stimuli,
+        'target': 'cifar10', 'train_images': images, 'seed': seed, 'test': test, 'validation': test + 1,
+        'seconds': 10 * seed + 5, 'epochs': 3}
+    write_rows(folder / 'results.csv', [*rows, row], COLUMNS)
+    if predictions is not None:
+        (folder / 'runs' / key / 'task').mkdir(parents=True)
+        lines = [f'{target},{prediction}' for target, prediction in predictions]
+        (folder / 'runs' / key / 'task/predictions.csv').write_text('\n'.join(['target,prediction', *lines]) + '\n')
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for arm, tests in TESTS.items():
+        for seed, test in enumerate(tests):
+            write_run(tmp_path, arm, seed, test)
+    return tmp_path
+
+
+def test_arms_come_in_their_order_and_plain_belongs_to_every_setting(folder):
+    write_run(folder, 'init', 0, 70.0, 'ferplus')
+    emoji, ferplus = read_settings(folder)
+    assert list(emoji.arms) == ['plain', 'init', 'regulated', 'regulated:learned', 'random', 'shuffled']
+    assert list(ferplus.arms) == ['plain', 'init']
+    assert sorted(ferplus.arms['plain']) == [0, 1, 2]
+    assert ferplus.title == 'resnet10t: ferplus → cifar10, 1,000 training images'
+
+
+def test_plain_alone_is_a_setting(tmp_path):
+    write_run(tmp_path, 'plain', 0, 66.0, images='all')
+    setting, = read_settings(tmp_path)
+    assert setting.title == 'resnet10t: cifar10, all training images'
+    assert '| plain | 1 | 66.00 | 67.00 |  |  | 5 |' in write_table(tmp_path)
+
+
+def test_nothing_finished_is_said(tmp_path):
+    with pytest.raises(StudyError, match=r'results\.csv: no finished run yet\. Start some'):
+        write_table(tmp_path)
+
+
+@pytest.mark.parametrize(('arm', 'expected'), [
+    ('regulated', ['plain', 'init', 'random', 'unlabelled']),
+    ('regulated:gate', ['plain', 'init', 'shuffled:gate']),
+    ('init', ['plain', 'init:content']),
+    ('random', []),
+    ('init:content', []),
+])
+def test_controls_differ_in_one_thing(arm, expected):
+    known = ['plain', 'init', 'init:content', 'regulated', 'random', 'unlabelled', 'shuffled:gate', 'regulated:gate']
+    assert controls(arm, known) == expected
+
+
+def test_only_common_seeds_are_paired(folder):
+    setting, = read_settings(folder)
+    found = compare(folder, setting, 'regulated', 'regulated:learned')
+    assert (found.by_seed, found.difference.n) == ((4.0,), 1)
+
+
+def test_images_are_counted_seed_by_seed(tmp_path):
+    def predict(right):
+        return [(i % 3, i % 3 if i in right else 9) for i in range(6)]
+
+    for seed, (ours, theirs) in enumerate([({0, 1, 2, 3}, {3, 4}), ({0, 1}, {0, 5})]):
+        write_run(tmp_path, 'regulated', seed, 60.0, predictions=predict(ours))
+        write_run(tmp_path, 'plain', seed, 50.0, predictions=predict(theirs))
+    write_run(tmp_path, 'regulated', 2, 60.0, predictions=predict({0}))
+    write_run(tmp_path, 'plain', 2, 50.0, predictions=predict({0})[::-1])  # of another test set: not compared
+    setting, = read_settings(tmp_path)
+    found = compare(tmp_path, setting, 'regulated', 'plain')
+    assert found.pairs == ((0, 3, 1), (1, 1, 1))
+    assert (found.won, found.lost) == (4, 2)
+    assert found.mcnemar_p == pytest.approx(stats.binomtest(4, 6).pvalue)
+    write_table(tmp_path)
+    row = next(row for row in read_rows(tmp_path / 'table.csv') if row['versus'] == 'plain')
+    assert (row['won'], row['lost'], row['won_lost_by_seed']) == ('4', '2', '0:3/1 1:1/1')
+
+
+def test_the_tables(folder):
+    text = write_table(folder)
+    assert text == (folder / 'table.md').read_text()
+    assert '| plain | 3 | 66.00 ± 1.00 | 67.00 ± 1.00 |  |  | 15 |' in text
+    expected = stats.ttest_rel(TESTS['regulated'], TESTS['plain'])
+    low, high = expected.confidence_interval()
+    versus_plain = f'+3.33 [{low:+.2f}, {high:+.2f}] | {expected.pvalue:.3f}'
+    assert f'| regulated | 3 | 69.33 ± 2.08 | 70.33 ± 2.08 | {versus_plain} | 15 |' in text
+    assert '| regulated:learned | 1 | 66.00 | 67.00 | +0.00 | n/a | 5 |' in text
+    assert 'A single seed gives no sd, no interval and no t test: n/a.' in text
+    assert 'that p is optimistic' in text
+    assert text.index('| init minus | n |') < text.index('| regulated minus | n |')
+    rows = read_rows(folder / 'table.csv')
+    assert [row['versus'] for row in rows if row['arm'] == 'regulated'] == ['', 'plain', 'init', 'random', 'shuffled']
+    family = [row for row in rows if row['arm'] == 'regulated' and row['versus']]
+    smallest = min(family, key=lambda row: float(row['p']))
+    assert float(smallest['holm_p']) == pytest.approx(4 * float(smallest['p']))
+    assert all(float(row['holm_p']) >= float(row['p']) for row in family)
+    only = next(row for row in rows if row['arm'] == 'random' and row['versus'])
+    assert (only['versus'], only['holm_p'], float(only['difference'])) == ('plain', 'nan', pytest.approx(-5 / 6))
+
+
+def test_accuracy_without_copies(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (40, 32, 32, 3), dtype=np.uint8)
+    images[30] = images[5]
+    target = Target('class', ('cat', 'dog'))
+    parts = [ImageSet(part, torch.arange(len(part)) % 2, target) for part in (images[:20], images[20:25], images[25:])]
+    monkeypatch.setattr(study_table, 'load_target', lambda name, data_dir: Splits('cifar10', *parts, 'none'))
+    labels = parts[2].targets.tolist()
+    wrong = [(label, label if i != 5 else 1 - label) for i, label in enumerate(labels)]  # test image 5 is the copy
+    write_run(tmp_path, 'plain', 0, 100 * 14 / 15, images='all', predictions=wrong)
+    text = write_table(tmp_path, duplicates=True)
+    assert '| resnet10t: cifar10, all training images | plain | 1.0 | 1.0 | 93.33 | 100.00 |' in text
+    write_run(tmp_path, 'plain', 0, 60.0, images='4', predictions=wrong[1:])  # of another test set
+    assert 'training images | plain | 0.0 | 0.0 | 60.00 | n/a |' in write_table(tmp_path, duplicates=True)
