@@ -240,7 +240,7 @@ def test_a_run_with_other_flags_is_no_run_of_this_study(run, tmp_path):
 def test_the_real_training_script(run, tmp_path, capsys):
     own = ('--img-size', '32', '-b', '16', '--no-amp')
     status, out, err = run('--targets', 'emoji', '--train-images', '100', '--epochs', '1', '--arms', 'plain',
-                           'regulated', 'shuffled', '--seeds', 0, '--jobs', 2,
+                           'regulated', 'shuffled', '--seeds', 0, '--jobs', 2, '--threads', 1,
                            script=Path(__file__).parents[1] / 'train.py', own=own)
     assert (status, err) == (0, ''), out
     assert {row['arm']: row['images'] for row in read_rows(tmp_path / 's/results.csv')} == dict.fromkeys(

@@ -73,6 +73,7 @@ def test_only_common_seeds_are_paired(folder):
     setting, = read_settings(folder)
     found = compare(folder, setting, 'regulated', 'regulated:learned')
     assert (found.by_seed, found.difference.n) == ((4.0,), 1)
+    assert compare(folder, setting, 'regulated:learned', 'regulated').by_seed == (-4.0,)
 
 
 def test_images_are_counted_seed_by_seed(tmp_path):
