@@ -15,16 +15,18 @@ import argparse
 import json
 import math
 import resource
+import shutil
 import signal
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from datetime import datetime
 from pathlib import Path
 
 import timm
 import torch
 from timm.data import Mixup, resolve_model_data_config
+from timm.layers import convert_sync_batchnorm
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.task import ClassificationTask
@@ -41,6 +43,7 @@ from timm.utils import (
     unwrap_model,
     update_summary,
 )
+from timm.utils.distributed import is_distributed_env
 from timm.utils.summary import trim_summary
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -235,6 +238,25 @@ class Stop(Exception):
 received: list[int] = []  # signals since the start
 
 
+def asked_to_stop(args) -> bool:
+    """Whether a signal has arrived. All processes get the same answer, so they all stop at the same update."""
+    if not args.distributed:
+        return bool(received)
+    number = torch.tensor(received[0] if received else 0, device=args.device)
+    torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX)
+    if number and not received:
+        received.append(int(number))
+    return bool(number)
+
+
+def mean_over_processes(sums: dict[str, torch.Tensor], args) -> dict[str, float]:
+    names = sorted(sums)
+    values = torch.stack([sums[name] for name in names])
+    if args.distributed:
+        values = reduce_tensor(values, args.world_size)
+    return dict(zip(names, values.tolist(), strict=True))
+
+
 def train_epoch(epoch, first_step, task, loader, optimizer, scheduler, scaler, autocast, mixup, saver, args):
     """One pass over the training set, from batch `first_step` on; gives the mean of each part of the loss."""
     task.train()
@@ -276,17 +298,18 @@ def train_epoch(epoch, first_step, task, loader, optimizer, scheduler, scaler, a
             done = epoch * updates + (step + 1) // accumulate
             task.update_ema(step=done)
             scheduler.step_update(num_updates=done)
-            if received and step + 1 < updates * accumulate:
-                args.first_step, args.sums = step + 1, {name: value.item() for name, value in sums.items()}
+            # several GPUs ask each other now and then only, because each question waits for the work under way
+            ask = not args.distributed or task.device.type == 'cpu' or done % args.log_interval == 0
+            if step + 1 < updates * accumulate and ask and asked_to_stop(args):
+                args.first_step, args.sums = step + 1, mean_over_processes(sums, args)
                 if saver is not None:
-                    saver.save_recovery(epoch, step + 1)
+                    with writing(saver.recovery_dir):
+                        saver.save_recovery(epoch, step + 1)
+                if args.distributed:  # a launcher may kill the one that writes as soon as another has ended
+                    torch.distributed.barrier()
                 raise Stop
     args.first_step, args.sums = 0, {}
-    names = sorted(sums)
-    means = torch.stack([sums[name] for name in names]) / (updates * accumulate)
-    if args.distributed:
-        means = reduce_tensor(means, args.world_size)
-    return dict(zip(names, means.tolist(), strict=True))
+    return {name: value / (updates * accumulate) for name, value in mean_over_processes(sums, args).items()}
 
 
 @torch.inference_mode()
@@ -298,8 +321,11 @@ def evaluate(task, loader, autocast, args, predictions: list | None = None):
     model.eval()
     evaluator = task.create_evaluator()
     for input, target in loader:
+        missing = loader.batch_size - len(input)
+        if args.torchcompile and missing:  # one shape, or the last batch of each set would be compiled anew
+            input = torch.nn.functional.pad(input, (0, 0, 0, 0, 0, 0, 0, missing))
         with autocast():
-            output = model(input)
+            output = model(input)[:len(target)]
         evaluator.update(output, target)
         if predictions is not None:
             predictions.extend(zip(target.tolist(), output.argmax(1).tolist(), strict=True))
@@ -312,8 +338,12 @@ def run_stage(args, task_name: str, splits, device, experience: Experience | Non
     if (out / 'result.json').is_file():
         print(f'{out}: finished already', flush=True)
         return json.loads((out / 'result.json').read_text())
-    out.mkdir(exist_ok=True)
+    if is_primary(args):
+        with writing(out):
+            out.mkdir(exist_ok=True)
     start = time.perf_counter()
+    if device.type == 'cuda':
+        torch.cuda.reset_peak_memory_stats(device)  # of the stage before
 
     # model and task
     random_seed(args.seed)
@@ -323,7 +353,7 @@ def run_stage(args, task_name: str, splits, device, experience: Experience | Non
     if args.grad_checkpointing:
         model.set_grad_checkpointing()
     if args.sync_bn and args.distributed:
-        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        model = convert_sync_batchnorm(model)  # timm's own, which keeps the activation that many of its layers hold
     mix = task_name != 'affect' and max(args.mixup, args.cutmix) > 0
     mixup = None
     if mix:
@@ -347,6 +377,8 @@ def run_stage(args, task_name: str, splits, device, experience: Experience | Non
         device=device, augment=not args.no_aug, flip=args.hflip if splits.flip_safe else 'none', cutout=args.cutout,
         seed=args.seed, channels_last=args.channels_last, workers=args.workers, rank=args.rank,
         world_size=args.world_size) for part in (splits.train, splits.validation, splits.test))
+
+    whole_batch = batch_size * args.world_size * args.grad_accum_steps  # where it could not be divided evenly
 
     # recipe
     epochs = args.affect_epochs or args.epochs if task_name == 'affect' else args.epochs
@@ -389,8 +421,9 @@ def run_stage(args, task_name: str, splits, device, experience: Experience | Non
         scheduler.step_update(num_updates=first_epoch * updates + args.first_step // args.grad_accum_steps)
         if saver is not None:
             saver.load_state_dict(state['saver'])
-            restore_best(out, saver.best_epoch)
-            trim_summary(str(out / 'summary.csv'), first_epoch)
+            with writing(out):
+                restore_best(out, saver.best_epoch)
+                trim(out / 'summary.csv', first_epoch)
         say(args, f'{found}: going on with epoch {first_epoch + 1}, step {args.first_step + 1}')
 
     for epoch in range(first_epoch, epochs):
@@ -402,16 +435,17 @@ def run_stage(args, task_name: str, splits, device, experience: Experience | Non
         judged = (epoch + 1) % args.val_interval == 0 or epoch + 1 == epochs
         scores = evaluate(task, validation_loader, autocast, args) if judged else {}
         if saver is not None:
-            if judged:
-                lr_now = max(group['lr'] for group in optimizer.param_groups)  # at the end of the epoch
-                update_summary(epoch, parts, scores, str(out / 'summary.csv'), lr=lr_now)
-            saver.save_checkpoint(epoch, metric=scores.get(metric))
-            for recovery in out.glob('recovery-*.pth.tar'):
-                recovery.unlink()
+            with writing(out):
+                if judged:
+                    lr_now = max(group['lr'] for group in optimizer.param_groups)  # at the end of the epoch
+                    update_summary(epoch, parts, scores, str(out / 'summary.csv'), lr=lr_now)
+                saver.save_checkpoint(epoch, metric=scores.get(metric))
+                for recovery in out.glob('recovery-*.pth.tar'):
+                    recovery.unlink()
         say(args, f'epoch {epoch + 1}/{epochs}: ' + ', '.join(f'{k} {v:.4g}' for k, v in parts.items())
             + ('; validation ' if judged else '') + ', '.join(f'{k} {v:.4g}' for k, v in scores.items())
             + f'; {time.perf_counter() - began:.0f} s')
-        if received:
+        if asked_to_stop(args):
             raise Stop
 
     # the best epoch, and the one look at the test part
@@ -436,20 +470,56 @@ def run_stage(args, task_name: str, splits, device, experience: Experience | Non
             f'CPU, {torch.get_num_threads()} threads'),
     }
     if is_primary(args):
-        if predictions is not None:
-            rows = '\n'.join(f'{target},{prediction}' for target, prediction in predictions)
-            write_file(out / 'predictions.csv', f'target,prediction\n{rows}\n')
-        draw_curves(out / 'summary.csv', out / 'curves.png', metric, f'{args.experiment}: {task_name}')
-        write_file(out / 'result.json', json.dumps(result, indent=1))
+        with writing(out):
+            if predictions is not None:
+                rows = '\n'.join(f'{target},{prediction}' for target, prediction in predictions)
+                write_file(out / 'predictions.csv', f'target,prediction\n{rows}\n')
+            draw_curves(out / 'summary.csv', out / 'curves.png', metric, f'{args.experiment}: {task_name}')
+            write_file(out / 'result.json', json.dumps(result, indent=1))
     return result
 
 
 # -- the stages --------------------------------------------------------------------------------------------------------
 
 
+class LaunchError(ValueError):
+    """An environment that names several processes which cannot work together as asked."""
+
+
+def join_processes(args) -> torch.device:
+    """The device of this process, which joins the others where torchrun, SLURM or MPI started several."""
+    if args.sync_bn and is_distributed_env() and torch.device(args.device).type == 'cpu':
+        raise LaunchError('--sync-bn needs GPUs, torch has no such layer for the CPU. Leave it out, or choose a model '
+                          'without batch norm, such as emoreg_vit_tiny.')
+    try:
+        device = init_distributed_device(args)
+    except (ValueError, torch.distributed.DistError) as e:
+        raise LaunchError(f'the processes cannot find each other ({str(e).splitlines()[0]}). Start them with torchrun, '
+                          'or set MASTER_ADDR and MASTER_PORT, the same for all, beside what SLURM or MPI sets.') from e
+    if args.distributed:
+        names = [args.experiment]  # which may hold the second in which each process started
+        torch.distributed.broadcast_object_list(names)
+        args.experiment, = names
+    return device
+
+
 def say(args, text: str) -> None:
     if is_primary(args):
         print(text, flush=True)
+
+
+class WriteError(OSError):
+    """The output folder takes no file."""
+
+
+@contextmanager
+def writing(folder: str | Path):
+    """One kind of error, which names the folder, for all that can fail while files are written."""
+    try:
+        yield
+    except (OSError, RuntimeError) as e:  # torch.save raises RuntimeError where the disk is full
+        raise WriteError(f'{folder}: cannot be written ({str(e).splitlines()[0]}). Make room or make it writable, or '
+                         'choose another --output.') from e
 
 
 def write_file(path: Path, content: str) -> None:
@@ -458,8 +528,17 @@ def write_file(path: Path, content: str) -> None:
     part.replace(path)
 
 
+def trim(summary: Path, epoch: int) -> None:
+    """Drop the rows from `epoch` on, by timm's function, which a kill could interrupt with the file emptied."""
+    if summary.exists():
+        part = summary.with_name('summary.part')
+        shutil.copyfile(summary, part)
+        trim_summary(str(part), epoch)
+        part.replace(summary)
+
+
 def run(args) -> None:
-    device = init_distributed_device(args)
+    device = join_processes(args)
     args.device = str(device)
     folder = Path(args.output) / args.experiment
     # the data first: what is missing there must not leave a folder behind
@@ -477,8 +556,11 @@ def run(args) -> None:
     if is_primary(args) and not args.resume:
         if folder.exists():
             raise DataError(f'{folder} exists. Continue it with --resume {folder}, or choose another --experiment.')
-        folder.mkdir(parents=True)
-        write_file(folder / 'args.json', json.dumps(vars(args), indent=1))
+        part = folder.with_name(f'{folder.name}.part')  # a kill must not leave a folder that cannot be resumed
+        with writing(folder):
+            part.mkdir(parents=True, exist_ok=True)
+            write_file(part / 'args.json', json.dumps(vars(args), indent=1))
+            part.rename(folder)
     if args.distributed:
         torch.distributed.barrier()
 
@@ -494,25 +576,49 @@ def run(args) -> None:
         results.append(run_stage(args, args.task, target, device, experience))
     for result in results:
         say(args, json.dumps(result))
+    if args.distributed:
+        torch.distributed.destroy_process_group()
+
+
+def resume_command(args) -> str:
+    return f'python train.py --resume {Path(args.output) / args.experiment}'
+
+
+def last_good(args) -> Path | None:
+    folder = Path(args.output) / args.experiment
+    return newest_checkpoint(folder / args.task) or newest_checkpoint(folder / 'affect')
 
 
 def main() -> int:
     args = parse_args()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: received.append(number))
-    again = f'python train.py --resume {Path(args.output) / args.experiment}'
     try:
         run(args)
     except Stop:
-        print(f'train.py: stopped. Go on with: {again}', file=sys.stderr)
+        if is_primary(args):
+            print(f'train.py: stopped. Go on with: {resume_command(args)}', file=sys.stderr)
         return 128 + received[0]
     except FloatingPointError as e:
-        good = newest_checkpoint(Path(args.output) / args.experiment / args.task)
-        print(f'train.py: {e}. The last good checkpoint is {good}. Lower --lr or add --clip-grad 1.', file=sys.stderr)
+        print(f'train.py: {e}. The last good checkpoint is {last_good(args)}. Lower --lr or add --clip-grad 1.',
+              file=sys.stderr)
         return 1
-    except (DataError, CheckpointError, OSError) as e:
+    except WriteError as e:
+        good = last_good(args)
+        then = f' The last good checkpoint is {good}: go on with: {resume_command(args)}' if good else ''
+        print(f'train.py: {e}{then}', file=sys.stderr)
+        return 2
+    except (DataError, CheckpointError, LaunchError, OSError) as e:
         print(f'train.py: {e}', file=sys.stderr)
         return 2
+    except RuntimeError as e:
+        # gloo's errors have no type of their own
+        if not (isinstance(e, torch.distributed.DistError) or 'gloo' in str(e)):
+            raise
+        what = str(e).split('. ')[0]
+        print(f'train.py: process {args.rank} of {args.world_size} lost another one ({what}), whose own message says '
+              f'why. Go on with: {resume_command(args)}', file=sys.stderr)
+        return 1
     return 0
 
 

@@ -1,0 +1,192 @@
+"""train.py in two processes over gloo, started as torchrun and SLURM start them."""
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from datetime import datetime, timedelta
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from training_process import SCRIPT, Training
+
+COUNTS = {'train': (16, 16, 16), 'validation': (5, 4, 4), 'test': (4, 4, 3)}  # not divisible by two processes
+# without batch norm, whose statistics are those of one process's images; SGD, because Adam magnifies rounding
+RECIPE = ('--model', 'test_vit', '--img-size', 32, '-b', 8, '--epochs', 2, '--no-amp', '--no-aug', '--opt', 'sgd',
+          '--device', 'cpu')
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory) -> Path:
+    """A folder per part and class: three colours with much noise."""
+    root = tmp_path_factory.mktemp('colours')
+    rng = np.random.default_rng(0)
+    for part, counts in COUNTS.items():
+        for name, colour, count in zip('bgr', ((120, 120, 130), (120, 130, 120), (130, 120, 120)), counts, strict=True):
+            (root / part / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = np.clip(rng.normal(colour, 90, (32, 32, 3)), 0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(root / part / name / f'{i}.png')
+    return root
+
+
+def environments(count=2, names=('RANK', 'WORLD_SIZE', 'LOCAL_RANK')) -> list[dict[str, object]]:
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    rank, world, local = names
+    return [{rank: i, world: count, local: i, 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': port} for i in range(count)]
+
+
+def start(*argv, prepare=(None, None), **kwargs) -> list[Training]:
+    return [Training(*argv, prepare=p, **e) for p, e in zip(prepare, environments(**kwargs), strict=True)]
+
+
+def rows(run: Path) -> list[dict[str, float]]:
+    with open(run / 'summary.csv', newline='') as file:
+        return [{name: float(cell) for name, cell in row.items()} for row in csv.DictReader(file)]
+
+
+def report_writing(root, module):
+    """Print whatever the process writes below `root`."""
+    def hook(event, args):
+        writes = event in ('os.mkdir', 'os.rename', 'os.remove', 'os.link')
+        if event == 'open' and isinstance(args[2], int):
+            writes = args[2] & (os.O_WRONLY | os.O_RDWR)
+        if writes and str(args[0]).startswith(str(root)):
+            print('writes', event, args[0], flush=True)
+    sys.addaudithook(hook)
+    save = torch.save
+    def reporting(state, path):
+        print('writes', path, flush=True)
+        save(state, path)
+    torch.save = reporting
+
+
+def signal_at_step(number, module):
+    """Send SIGTERM to the process itself before one of its steps."""
+    seed, calls = module.random_seed, []
+    def counting(*args):  # called before each step, and once to build the model
+        calls.append(args)
+        if len(calls) == number + 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        seed(*args)
+    module.random_seed = counting
+
+
+def start_a_second_later(module):
+    class Later(datetime):
+        @classmethod
+        def now(cls):
+            return datetime.now() + timedelta(seconds=1)
+    module.datetime = Later
+
+
+@pytest.fixture(scope='module')
+def two(tmp_path_factory, folder) -> Path:
+    """Result of an unbroken run in two processes."""
+    root = tmp_path_factory.mktemp('two')
+    runs = start(*RECIPE, '--task', 'plain', '--dataset', folder, '--output', root, '--experiment', 'run',
+                 prepare=(partial(report_writing, root), partial(report_writing, root)))
+    (status, first), (other_status, second) = [run.end() for run in runs]
+    assert (status, other_status) == (0, 0), first + second
+    assert 'writes' in first
+    assert second == ''  # one writer of files, one on the screen
+    return root / 'run/plain'
+
+
+def test_two_processes_train_and_judge_as_one_with_the_whole_batch(two, tmp_path, folder):
+    status, text = Training(*RECIPE, '--task', 'plain', '--dataset', folder, '--output', tmp_path, '--experiment',
+                            'run').end()
+    assert status == 0, text
+    one = tmp_path / 'run/plain'
+    assert len(rows(one)) == len(rows(two)) == 2
+    for expected, found in zip(rows(one), rows(two), strict=True):
+        assert found == pytest.approx(expected, rel=1e-5)
+        assert found['eval_top1'] == expected['eval_top1']
+    expected, found = (json.loads((run / 'result.json').read_text())['test'] for run in (one, two))
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_signal_to_one_process_stops_both_at_the_same_update(two, tmp_path, folder):
+    runs = start(*RECIPE, '--task', 'plain', '--dataset', folder, '--output', tmp_path, '--experiment', 'run',
+                 prepare=(None, partial(signal_at_step, 9)))
+    (status, first), (other_status, second) = [run.end() for run in runs]
+    assert (status, other_status) == (128 + signal.SIGTERM, 128 + signal.SIGTERM), first + second
+    assert f'stopped. Go on with: python train.py --resume {tmp_path / "run"}' in first
+    assert second == ''
+    assert [p.name for p in (tmp_path / 'run/plain').glob('recovery*')] == ['recovery-1-3.pth.tar']
+    for run in start('--resume', tmp_path / 'run', '--device', 'cpu'):
+        status, text = run.end()
+        assert status == 0, text
+    assert rows(tmp_path / 'run/plain') == rows(two)
+
+
+@pytest.mark.slow
+def test_torchrun_starts_it(two, tmp_path, folder):
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', 2, SCRIPT, *RECIPE,
+               '--task', 'plain', '--dataset', folder, '--output', tmp_path, '--experiment', 'run']
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert rows(tmp_path / 'run/plain') == rows(two)
+
+
+@pytest.mark.parametrize('killed', [0, 1])
+def test_a_killed_process_ends_the_other_with_a_message(tmp_path, folder, killed):
+    argv = (*RECIPE, '--task', 'plain', '--dataset', folder, '--output', tmp_path, '--experiment', 'run')
+    runs = start(*argv, '--epochs', 100_000)
+    runs[0].until('epoch 2/')
+    runs[killed].process.kill()
+    left = runs[1 - killed].process
+    left.join(60)
+    assert left.exitcode == 1
+    last = runs[1 - killed].end()[1].splitlines()[-1]
+    assert last.startswith(f'train.py: process {1 - killed} of 2 lost another one (')
+    assert last.endswith(f'whose own message says why. Go on with: python train.py --resume {tmp_path / "run"}')
+    assert 'Traceback' not in runs[1 - killed].text
+
+
+def test_ratings_are_judged_within_each_process_under_slurm(tmp_path, folder):
+    table = folder / 'ratings.csv'
+    images = [p.relative_to(folder) for p in sorted(folder.glob('*/*/*.png'))]
+    lines = [f'{p},{1 + i % 9},{p.parts[0]}' for i, p in enumerate(images)]
+    table.write_text('\n'.join(['image,valence,split', *lines]))
+    # next to no learning rate: each step is one look at the same net
+    argv = (*RECIPE, '--task', 'affect', '--stimuli', table, '--rating-columns', 'valence', '--rating-scale', 1, 9,
+            '--lr', 1e-12, '--output', tmp_path)
+    loss = {}
+    for batch in (4, 8):
+        status, text = Training(*argv, '-b', batch, '--experiment', batch).end()
+        assert status == 0, text
+        loss[batch] = rows(tmp_path / str(batch) / 'affect')[0]
+    before = set(tmp_path.iterdir())
+    runs = start(*argv, prepare=(None, start_a_second_later), names=('SLURM_PROCID', 'SLURM_NTASKS', 'SLURM_LOCALID'))
+    for run in runs:
+        status, text = run.end()
+        assert status == 0, text
+    run, = set(tmp_path.iterdir()) - before  # the name holds the second of the start, of the first process
+    found = rows(run / 'affect')[0]
+    assert found['train_loss'] == pytest.approx(loss[4]['train_loss'], rel=1e-5)
+    assert found['train_loss'] != pytest.approx(loss[8]['train_loss'], rel=1e-3)
+    assert found['eval_ccc'] == pytest.approx(loss[8]['eval_ccc'], rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize(('flags', 'message'), [
+    ((), 'the processes cannot find each other ('),
+    (('--sync-bn',), '--sync-bn needs GPUs, torch has no such layer for the CPU.'),
+])
+def test_an_environment_that_does_not_work_is_named_and_leaves_nothing(tmp_path, folder, flags, message):
+    status, text = Training(*RECIPE, *flags, '--task', 'plain', '--dataset', folder, '--output', tmp_path / 'out',
+                            SLURM_NTASKS=2, SLURM_PROCID=0, SLURM_LOCALID=0).end()
+    assert status == 2
+    assert text.startswith(f'train.py: {message}')
+    assert len(text.splitlines()) == 1
+    assert not (tmp_path / 'out').exists()

@@ -1,0 +1,65 @@
+"""train.py in processes of their own that start at once: they are forked from one that has imported torch already."""
+from __future__ import annotations
+
+import importlib.util
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+SCRIPT = Path(__file__).parents[1] / 'train.py'
+
+_context = multiprocessing.get_context('forkserver')
+_context.set_forkserver_preload(['timm_emoreg.task', 'timm_emoreg.data.loader', 'matplotlib.figure', 'timm.optim',
+                                 'timm.scheduler'])
+
+
+def _train(out: Connection, argv: tuple, environment: dict[str, object], prepare: Callable | None) -> None:
+    os.dup2(out.fileno(), 1)
+    os.dup2(out.fileno(), 2)
+    os.environ.update({name: str(value) for name, value in environment.items()})
+    torch.set_num_threads(1)
+    spec = importlib.util.spec_from_file_location('train', SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if prepare is not None:
+        prepare(module)
+    sys.argv = ['train.py', *map(str, argv)]
+    sys.exit(module.main())
+
+
+class Training:
+    """A run of train.py.
+
+    Args:
+        argv: Its arguments.
+        prepare: A function of the module train.py, called in the process before the run, or None.
+        environment: Added to the environment.
+    """
+
+    def __init__(self, *argv: object, prepare: Callable[[ModuleType], None] | None = None, **environment: object):
+        out, there = _context.Pipe(duplex=False)
+        self.process = _context.Process(target=_train, args=(there, argv, environment, prepare), daemon=True)
+        self.process.start()
+        there.close()
+        self._out = os.fdopen(os.dup(out.fileno()))
+        self.text = ''
+
+    def until(self, start: str) -> None:
+        """Read what it prints up to the line that begins with `start`."""
+        for line in self._out:
+            self.text += line
+            if line.startswith(start):
+                return
+        raise AssertionError(f'the run ended without a line {start!r}:\n{self.text}')
+
+    def end(self) -> tuple[int, str]:
+        """Wait for its end: the exit status, negative for a signal, and all that it printed."""
+        self.text += self._out.read()
+        self.process.join()
+        return self.process.exitcode, self.text
