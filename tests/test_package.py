@@ -33,11 +33,3 @@ def test_a_torchvision_that_does_not_fit_is_named_with_the_remedy(tmp_path):
     assert last.startswith('ImportError: torch ')
     assert 'do not fit each other (operator torchvision::nms does not exist)' in last
     assert last.endswith('pip install --force-reinstall torch torchvision')
-
-
-def test_import_loads_no_plotting_and_no_data_reader():
-    done = python('import timm\nbefore = set(sys.modules)\nimport timm_emoreg\n'
-                  'print(*sorted(set(sys.modules) - before), sep="\\n")')
-    added = done.stdout.split()
-    assert 'timm_emoreg.emoreg' in added
-    assert not [name for name in added if name.startswith(('matplotlib', 'scipy', 'pandas', 'timm_emoreg.data'))]
