@@ -12,13 +12,10 @@ from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
-from training_process import SCRIPT, Training
+from training_process import SCRIPT, Training, colours
 
-COUNTS = {'train': (16, 16, 16), 'validation': (5, 4, 4), 'test': (4, 4, 3)}  # not divisible by two processes
 # without batch norm, whose statistics are those of one process's images; SGD, because Adam magnifies rounding
 RECIPE = ('--model', 'test_vit', '--img-size', 32, '-b', 8, '--epochs', 2, '--no-amp', '--no-aug', '--opt', 'sgd',
           '--device', 'cpu')
@@ -26,16 +23,7 @@ RECIPE = ('--model', 'test_vit', '--img-size', 32, '-b', 8, '--epochs', 2, '--no
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory) -> Path:
-    """A folder per part and class: three colours with much noise."""
-    root = tmp_path_factory.mktemp('colours')
-    rng = np.random.default_rng(0)
-    for part, counts in COUNTS.items():
-        for name, colour, count in zip('bgr', ((120, 120, 130), (120, 130, 120), (130, 120, 120)), counts, strict=True):
-            (root / part / name).mkdir(parents=True)
-            for i in range(count):
-                pixels = np.clip(rng.normal(colour, 90, (32, 32, 3)), 0, 255).astype(np.uint8)
-                Image.fromarray(pixels).save(root / part / name / f'{i}.png')
-    return root
+    return colours(tmp_path_factory.mktemp('colours'), 48, 13, 11)  # not divisible by two processes
 
 
 def environments(count=2, names=('RANK', 'WORLD_SIZE', 'LOCAL_RANK')) -> list[dict[str, object]]:

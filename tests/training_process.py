@@ -10,13 +10,27 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import torch
+from PIL import Image
 
 SCRIPT = Path(__file__).parents[1] / 'train.py'
 
 _context = multiprocessing.get_context('forkserver')
 _context.set_forkserver_preload(['timm_emoreg.task', 'timm_emoreg.data.loader', 'matplotlib.figure', 'timm.optim',
                                  'timm.scheduler'])
+
+
+def colours(root: Path, train: int, validation: int, test: int) -> Path:
+    """A folder per part and class, with that many images: three colours that noise all but hides."""
+    rng = np.random.default_rng(0)
+    for part, count in (('train', train), ('validation', validation), ('test', test)):
+        for i in range(count):
+            name, colour = (('b', (120, 120, 130)), ('g', (120, 130, 120)), ('r', (130, 120, 120)))[i % 3]
+            (root / part / name).mkdir(parents=True, exist_ok=True)
+            pixels = np.clip(rng.normal(colour, 90, (32, 32, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(root / part / name / f'{i}.png')
+    return root
 
 
 def _train(out: Connection, argv: tuple, environment: dict[str, object], prepare: Callable | None) -> None:
