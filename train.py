@@ -423,8 +423,10 @@ def run_stage(args, task_name: str, splits, device, experience: Experience | Non
             saver.load_state_dict(state['saver'])
             with writing(out):
                 restore_best(out, saver.best_epoch)
-                trim(out / 'summary.csv', first_epoch)
         say(args, f'{found}: going on with epoch {first_epoch + 1}, step {args.first_step + 1}')
+    if saver is not None:
+        with writing(out):  # also without a checkpoint: the row of an epoch is written before its first one
+            trim(out / 'summary.csv', first_epoch)
 
     for epoch in range(first_epoch, epochs):
         began = time.perf_counter()

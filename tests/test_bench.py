@@ -1,0 +1,168 @@
+"""The bench: the measurement itself by an injected clock, the figures on tiny nets, the command line."""
+from __future__ import annotations
+
+import argparse
+import json
+from contextlib import nullcontext
+
+import pytest
+import torch
+
+from timm_emoreg import bench
+
+
+@pytest.fixture
+def args(monkeypatch):
+    monkeypatch.setattr(bench, 'NETS', {'cpu': [('test_resnet', 32, 4, True)]})
+    return argparse.Namespace(device=torch.device('cpu'), rounds=1, runs=1, images=256, steps=1, autocast=nullcontext,
+                              precision='float32', timm_train=None, data_dir=None)
+
+
+def test_two_functions_are_timed_in_turn_after_one_run_that_is_not_counted():
+    now, calls = [0.0], []
+
+    def take(name, seconds):
+        def run():
+            calls.append(name)
+            now[0] += next(seconds)
+        return run
+    ours, theirs = take('ours', iter([100, 2, 3, 4])), take('theirs', iter([200, 1, 2, 1]))
+    assert bench.compare(ours, theirs, 3, clock=lambda: now[0]) == [(2, 1), (3, 2), (4, 1)]
+    assert calls == ['ours', 'theirs', 'ours', 'theirs', 'theirs', 'ours', 'ours', 'theirs']
+
+
+def test_a_row_holds_the_median_of_the_ratios_not_the_ratio_of_the_medians():
+    figure = bench.Figure('a step', 's', [(2, 1), (3, 2), (40, 10), (9, 3)], 'at most 2')
+    assert figure.row() == ['a step', '2.500', '1.875 to 3.250', '4', '6 s', '2.5 s', 'at most 2']
+    assert bench.Figure('once', 'MB', [(1500, 1000)]).row() == [
+        'once', '1.500', '1.500 to 1.500', '1', '1,500 MB', '1,000 MB', '']
+    assert bench.table([figure]).splitlines()[-1] == (
+        '| a step | 2.500 | 1.875 to 3.250 | 4 | 6 s | 2.5 s | at most 2 |')
+
+
+def test_peak_memory_counts_what_exists_at_once():
+    def call():
+        a = torch.zeros(1_000_000)
+        del a
+        b, c = torch.zeros(500_000), torch.zeros(700_000)
+        return b, c
+    assert bench.peak_memory(call, torch.device('cpu')) == pytest.approx(4_800_000, rel=0.01)
+
+
+def test_step_compares_the_same_net_with_and_without_the_dual_head(args, monkeypatch):
+    compared = []
+
+    def compare(ours, theirs, rounds):
+        compared.append((ours, theirs))
+        return [(ours() or 1.0, theirs() or 1.0)]
+    built, build = [], bench.build
+    monkeypatch.setattr(bench, 'compare', compare)
+    monkeypatch.setattr(bench, 'build', lambda *a, **k: built.append(build(*a, **k)) or built[-1])
+    figures = list(bench.step(args))
+    assert [figure.name.split(':')[0] for figure in figures] == [
+        'training step', 'training step, separate experience', 'peak memory of training', 'inference, folded']
+    (peaks,) = figures[2].pairs
+    assert 1 < peaks[0] / peaks[1] < 1.5
+    plain, emoreg, separate, *_ = built
+    assert [type(model).__name__ for model in (plain, emoreg, separate)] == ['ResNet', 'EmoReg', 'EmoReg']
+    assert separate.backbone_emo is not None
+    assert plain.conv1.stride == emoreg.backbone.conv1.stride == (1, 1)
+    assert all(p.grad is None for model in (plain, emoreg) for p in model.parameters())  # a whole step was taken
+
+
+def test_a_training_step_changes_what_it_trains(args):
+    model = bench.build(True, 'test_resnet', 32, True)
+    before = model.head.weight.clone()
+    bench.training(model, 32, 4, args)()
+    assert not torch.equal(model.head.weight, before)
+
+
+def test_both_loaders_give_all_images(args, monkeypatch):
+    monkeypatch.setattr(bench.os, 'cpu_count', lambda: 1)
+    counts = []
+
+    def compare(ours, theirs, rounds):
+        batches = [call.__closure__ for call in (ours, theirs)]
+        counts.append([sum(len(x) for x, _ in cell[0].cell_contents) for cell in batches])
+        return [(0.5, 2.0)]
+    monkeypatch.setattr(bench, 'compare', compare)
+    one, many = bench.loader(args)
+    assert counts == [[256, 256], [256, 256]]
+    assert one.pairs == [(512.0, 128.0)]
+    assert (one.name, many.name) == ('loader, 32 px: one core', 'loader, 32 px: 1 workers')
+
+
+SCRIPT = """
+assert sys.argv[sys.argv.index('--model') + 1] == 'resnet18', sys.argv
+for epoch in (1, 2, 3):
+    print('epoch %d/3: loss 1' % epoch if '--task' in sys.argv else 'Current checkpoints:', flush=True)
+print('the end')
+"""
+
+
+def test_train_runs_both_scripts(args, monkeypatch, tmp_path):
+    script = tmp_path / 'train.py'
+    script.write_text(SCRIPT)
+    monkeypatch.setattr(bench, 'TRAIN', script)
+    args.data_dir = tmp_path
+    with pytest.raises(bench.Skipped, match='holds no cifar-10-batches-py'):
+        list(bench.train(args))
+    (tmp_path / 'cifar-10-batches-py').mkdir()
+    with pytest.raises(bench.Skipped, match='is in no package; name your copy with --timm-train'):
+        list(bench.train(args))
+    args.timm_train, args.runs = script, 2
+    speed, start_up = bench.train(args)
+    assert (len(speed.pairs), len(start_up.pairs)) == (2, 2)
+    assert (speed.goal, speed.unit, start_up.unit) == ('at least 1.5', 'images/s', 's')
+    script.write_text(SCRIPT.replace('(1, 2, 3)', '(1, 2)'))
+    with pytest.raises(bench.Skipped, match=r"train.py printed 2 lines .* instead of 3"):
+        list(bench.train(args))
+    script.write_text(SCRIPT + 'sys.exit("no room")')
+    with pytest.raises(bench.Skipped, match='ended with status 1: no room'):
+        list(bench.train(args))
+
+
+def test_graphs_that_are_compiled_after_the_first_epoch_are_counted(args, monkeypatch, tmp_path):
+    lines = ['Recompiling function forward', 'epoch 1/2: loss 1', 'V [__recompiles] Recompiling function forward',
+             'epoch 2/2: loss 1', 'Recompiling function forward', 'epoch 1/2: loss 1', 'epoch 2/2: loss 1']
+    (tmp_path / 'train.py').write_text(f'print(*{lines!r}, sep="\\n")')
+    monkeypatch.setattr(bench, 'TRAIN', tmp_path / 'train.py')
+    monkeypatch.setattr(bench, 'NETS', {'cpu': []})
+    assert list(bench.compile_(args)) == [
+        'compile: train.py --torchcompile compiled 1 graphs after the first epoch of each stage (goal: 0).']
+
+
+def test_the_command_prints_and_writes_what_was_measured_and_what_was_not(monkeypatch, tmp_path, capsys):
+    def skipped(args):
+        yield bench.Figure('before', 's', [(2.0, 1.0)] * args.rounds)
+        raise bench.Skipped('there is no GPU')
+    monkeypatch.setattr(bench, 'BENCHES', {'step': skipped, 'loader': lambda args: iter(['a note'])})
+    assert bench.main(['--quick', '--device', 'cpu', '--json', str(tmp_path / 'out.json')]) == 0
+    out = capsys.readouterr().out
+    assert f'torch {torch.__version__}' in out
+    assert '\nstep: skipped, there is no GPU.\na note\n' in out
+    assert '\n| before | 2.000 | 2.000 to 2.000 | 2 | 2 s | 1 s |  |\n' in out
+    written = json.loads((tmp_path / 'out.json').read_text())
+    assert written['figures'] == [{'name': 'before', 'unit': 's', 'pairs': [[2.0, 1.0]] * 2, 'goal': ''}]
+    assert bench.main(['loader', '--device', 'cpu']) == 0
+    assert 'before' not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(('argv', 'message'), [
+    (['steps'], 'steps: unknown, expected one of step, loader, train, import, compile.'),
+    (['--rounds', '0'], '--rounds 0: at least 1 is needed.'),
+    (['--timm-train', '/nowhere/train.py'], '/nowhere/train.py: there is no such file or folder.'),
+    (['--json', '/nowhere/out.json'], '/nowhere: there is no such file or folder.'),
+])
+def test_arguments_that_do_not_fit_are_refused(argv, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        bench.main(argv)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_import_adds_to_what_timm_takes(args):
+    (figure,) = bench.import_(args)
+    ((ours, theirs),) = figure.pairs
+    assert ours > theirs > 0

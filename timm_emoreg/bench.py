@@ -1,0 +1,376 @@
+"""Speed beside timm's: ``python -m timm_emoreg.bench [step loader train import compile]`` prints a table of ratios."""
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+from timm.data import create_loader
+from timm.optim import create_optimizer_v2
+from timm.task import ClassificationTask
+from torch import nn
+
+import timm_emoreg
+
+from .backbone import create_backbone
+from .data.folders import default_data_dir
+from .data.loader import make_loader
+from .data.sets import ImageSet, Target
+from .fold import fold
+from .precision import autocast_or_not
+from .task import EmoRegTask
+
+__all__ = ['BENCHES', 'Figure', 'Skipped', 'compare', 'main', 'peak_memory', 'table']
+
+TRAIN = Path(__file__).parents[1] / 'train.py'  # of a checkout; an installed package has none
+# backbone, size, batch, small-image form
+NETS = {'cpu': [('resnet18', 32, 128, True), ('vit_tiny_patch16_224', 32, 128, True)],
+        'cuda': [('resnet50', 224, 128, False), ('vit_base_patch16_224', 224, 64, False)]}
+CIFAR = {'mean': (0.491, 0.482, 0.447), 'std': (0.247, 0.243, 0.262)}
+
+
+class Skipped(Exception):
+    """A figure that cannot be measured here; the text says why."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """What was measured, ours and timm's in turn.
+
+    Args:
+        name: What it is.
+        unit: ``'s'``, ``'MB'`` or ``'images/s'``.
+        pairs: Ours and timm's of each round, in `unit`.
+        goal: What the ratio ours / timm should be.
+    """
+
+    name: str
+    unit: str
+    pairs: list[tuple[float, float]]
+    goal: str = ''
+
+    def row(self) -> list[str]:
+        ratios = [ours / theirs for ours, theirs in self.pairs]
+        middle = statistics.median(ratios)
+        low, _, high = statistics.quantiles(ratios, n=4, method='inclusive') if len(ratios) > 1 else ratios * 3
+        sides = (f'{statistics.median(side):,.4g} {self.unit}' for side in zip(*self.pairs, strict=True))
+        return [self.name, f'{middle:.3f}', f'{low:.3f} to {high:.3f}', str(len(ratios)), *sides, self.goal]
+
+
+def table(figures: Iterable[Figure]) -> str:
+    """A markdown table: the ratio to timm as median and middle half of the rounds, medians of both sides."""
+    rows = [['what', 'ratio', 'middle half', 'n', 'timm_emoreg', 'timm', 'goal'], ['---'] * 7,
+            *(figure.row() for figure in figures)]
+    return '\n'.join(f'| {" | ".join(row)} |' for row in rows)
+
+
+def compare(ours: Callable[[], object], theirs: Callable[[], object], rounds: int,
+            clock: Callable[[], float] = time.perf_counter) -> list[tuple[float, float]]:
+    """Seconds that two functions take, (ours, theirs) a round.
+
+    Each runs once before, unmeasured, and who goes first alternates, so that what slows the machine for a while, or
+    more and more, slows both alike.
+    """
+    ours()
+    theirs()
+    pairs = []
+    for number in range(rounds):
+        seconds = [0.0, 0.0]
+        for side in (0, 1) if number % 2 == 0 else (1, 0):
+            start = clock()
+            (ours, theirs)[side]()
+            seconds[side] = clock() - start
+        pairs.append((seconds[0], seconds[1]))
+    return pairs
+
+
+# -- step --------------------------------------------------------------------------------------------------------------
+
+
+def build(emoreg: bool, backbone: str, size: int, small_image: bool, **kwargs) -> nn.Module:
+    if small_image or timm.get_pretrained_cfg(backbone).fixed_input_size:
+        kwargs['img_size'] = size
+    kwargs.update(num_classes=10, small_image=small_image)
+    return timm.create_model('emoreg', backbone=backbone, **kwargs) if emoreg else create_backbone(backbone, **kwargs)
+
+
+def wait(device: torch.device) -> None:
+    if device.type == 'cuda':
+        torch.cuda.synchronize(device)
+
+
+def training(model: nn.Module, size: int, batch: int, args: argparse.Namespace, compiled: bool = False,
+             batches: Iterable | None = None) -> Callable[[], None]:
+    """A function that trains a model on `batches`, by default on one batch some times."""
+    task_type = EmoRegTask if isinstance(model, timm_emoreg.EmoReg) else ClassificationTask
+    task = task_type(model.to(args.device, memory_format=torch.channels_last).train(), device=args.device,
+                     verbose=False)
+    if compiled:
+        task.compile(fullgraph=True)
+    optimizer = create_optimizer_v2(model, opt='sgd', lr=1e-3, momentum=0.9, weight_decay=5e-4)
+    if batches is None:
+        input = torch.randn(batch, 3, size, size, device=args.device).to(memory_format=torch.channels_last)
+        batches = [(input, torch.randint(10, (batch,), device=args.device))] * args.steps
+
+    def run() -> None:
+        for input, target in batches:
+            with args.autocast():
+                loss = task(input, target)['loss']
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        wait(args.device)
+    return run
+
+
+def inference(model: nn.Module, size: int, batch: int, args: argparse.Namespace) -> Callable[[], None]:
+    model = model.to(args.device, memory_format=torch.channels_last).eval()
+    input = torch.randn(batch, 3, size, size, device=args.device).to(memory_format=torch.channels_last)
+
+    @torch.inference_mode()
+    def run() -> None:
+        for _ in range(args.steps):
+            with args.autocast():
+                model(input)
+        wait(args.device)
+    return run
+
+
+def peak_memory(call: Callable[[], object], device: torch.device) -> float:
+    """The most bytes of tensors that exist at once during a call, beyond those before it."""
+    if device.type == 'cuda':
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        return torch.cuda.max_memory_allocated(device) - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        call()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / 'trace.json'
+        profile.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())['traceEvents']
+    changes = sorted((event['ts'], event['args']['Bytes']) for event in events if event['name'] == '[memory]')
+    return float(np.cumsum([size for _, size in changes]).max())
+
+
+def train_anew(emoreg: bool, form: tuple, at: tuple) -> None:
+    training(build(emoreg, *form), *at)()
+
+
+def step(args: argparse.Namespace) -> Iterator[Figure]:
+    """The dual head beside the plain model: training step, second stream, memory, folded inference."""
+    for backbone, size, batch, small in NETS[args.device.type]:
+        form, at, title = (backbone, size, small), (size, batch, args), f'{backbone}, {size} px, batch {batch}'
+        plain = training(build(False, *form), *at)
+        yield Figure(f'training step: {title}', 's', compare(training(build(True, *form), *at), plain, args.rounds),
+                     'at most 1.02')
+        separate = training(build(True, *form, experience='separate'), *at)
+        yield Figure(f'training step, separate experience: {title}', 's', compare(separate, plain, args.rounds),
+                     'at most 1.4')
+        peaks = [peak_memory(partial(train_anew, emoreg, form, at), args.device) / 1e6 for emoreg in (True, False)]
+        yield Figure(f'peak memory of training: {title}', 'MB', [tuple(peaks)], 'at most 1.02')
+        folded = fold(build(True, *form, modulation=False))
+        yield Figure(f'inference, folded: {title}', 's',
+                     compare(inference(folded, *at), inference(build(False, *form), *at), args.rounds), '1.00')
+
+
+# -- loader ------------------------------------------------------------------------------------------------------------
+
+
+def loader(args: argparse.Namespace) -> Iterator[Figure]:
+    """The resident loader beside timm's, both with random crop and flip, over random 32-px images."""
+    rng, batch = np.random.default_rng(0), 128
+    images = rng.integers(0, 256, (args.images // batch * batch, 32, 32, 3), dtype=np.uint8)
+    labels = torch.from_numpy(rng.integers(0, 10, len(images)))
+
+    def image_set() -> ImageSet:
+        return ImageSet(images, labels, Target('class', tuple('0123456789')))
+
+    def through(batches: Iterable) -> Callable[[], None]:
+        def run() -> None:
+            for _ in batches:
+                pass
+            wait(args.device)
+        return run
+
+    resident = make_loader(image_set(), (32, 32), batch, CIFAR, training=True, kind='resident', device=args.device,
+                           channels_last=True)
+    threads, cores = torch.get_num_threads(), os.cpu_count() or 1
+    for workers, torch_threads, what in ((0, 1, 'one core'), (cores, threads, f'{cores} workers')):
+        # without colour jitter, timm's costly default: crop and flip are what the resident loader does, too
+        theirs = create_loader(
+            image_set(), (3, 32, 32), batch, is_training=True, scale=(0.5, 1.0), color_jitter=None, num_workers=workers,
+            persistent_workers=workers > 0, pin_memory=args.device.type == 'cuda', device=args.device, **CIFAR)
+        torch.set_num_threads(torch_threads)
+        try:
+            pairs = compare(through(resident), through(theirs), args.rounds)
+        finally:
+            torch.set_num_threads(threads)
+        yield Figure(f'loader, 32 px: {what}', 'images/s', [(len(images) / a, len(images) / b) for a, b in pairs],
+                     'at least 20' if workers == 0 else '')
+    if args.device.type == 'cuda':
+        net = ('resnet18', 32, True)
+        fed = training(build(False, *net), 32, batch, args, batches=resident)
+        alone = training(build(False, *net), 32, batch, args, batches=[next(iter(resident))] * len(resident))
+        yield Figure('training steps, resnet18, 32 px: with the resident loader over without', 's',
+                     compare(fed, alone, args.rounds), 'at most 1.03')
+
+
+# -- train, import, compile: in processes of their own -----------------------------------------------------------------
+
+
+def output(command: list[str], **environment: str) -> list[tuple[float, str]]:
+    """The lines that a command prints, each with the seconds since its start.
+
+    Raises:
+        Skipped: If the command fails, with its last line.
+    """
+    start, lines = time.perf_counter(), []
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                          env=os.environ | environment) as process:
+        for line in process.stdout:
+            lines.append((time.perf_counter() - start, line.rstrip()))
+    if process.returncode:
+        raise Skipped(f'{command[1]} ended with status {process.returncode}: {lines[-1][1] if lines else "no output"}')
+    return lines
+
+
+def train(args: argparse.Namespace) -> Iterator[Figure]:
+    """train.py beside timm's: resnet18 with its stock stem on CIFAR-10 at 32 px, the same recipe, three epochs."""
+    data = Path(args.data_dir or default_data_dir())
+    if not TRAIN.is_file():
+        raise Skipped(f'{TRAIN} is not there; run it in a checkout of the project')
+    if not (data / 'cifar-10-batches-py').is_dir():
+        raise Skipped(f'{data} holds no cifar-10-batches-py; name its folder with --data-dir')
+    if args.timm_train is None:
+        raise Skipped("timm's own train.py is in no package; name your copy with --timm-train")
+    recipe = ['--data-dir', str(data), '-b', '128', '--epochs', '3', '--opt', 'sgd', '--lr', '0.1', '--momentum', '0.9',
+              '--weight-decay', '5e-4', '--warmup-epochs', '0', '--seed', '0', '--device', args.device.type]
+    amp, timm_amp = ('--no-amp',), ()
+    if args.precision != 'float32':
+        amp, timm_amp = ('--amp',), ('--amp', '--amp-dtype', args.precision)
+    sides = []
+    with tempfile.TemporaryDirectory() as folder:
+        ours = [sys.executable, str(TRAIN), '--task', 'plain', '--model', 'resnet18', '--no-small-image',
+                '--dataset', 'cifar10', *amp, *recipe, '--output', folder]
+        theirs = [sys.executable, str(args.timm_train), '--model', 'resnet18', '--num-classes', '10', '--input-size',
+                  '3', '32', '32', '--dataset', 'torch/cifar10', '--channels-last', '--color-jitter', '0', '--scale',
+                  '0.5', '1.0', '--workers', str(os.cpu_count()), *timm_amp, *recipe, '--output', folder]
+        # an epoch trains and evaluates all of the published images, of which train.py keeps 10,000 for the end
+        for number in range(args.runs):
+            for command, end, images in ((ours, r'epoch \d/3:', 50_000), (theirs, 'Current checkpoints', 60_000)):
+                lines = output([*command, '--experiment', f'{number}-{images}'])
+                ends = [seconds for seconds, line in lines if re.match(end, line)]
+                if len(ends) != 3:
+                    raise Skipped(f'{command[1]} printed {len(ends)} lines {end!r} instead of 3')
+                epoch = (ends[2] - ends[0]) / 2
+                sides.append((images / epoch, ends[0] - epoch))
+    pairs = list(zip(sides[::2], sides[1::2], strict=True))
+    title = 'resnet18, stock stem, CIFAR-10, 32 px'
+    yield Figure(f'train.py, images trained on and evaluated: {title}', 'images/s', [(a[0], b[0]) for a, b in pairs],
+                 f'at least {3 if args.device.type == "cuda" else 1.5}')
+    yield Figure(f'train.py, start-up: {title}', 's', [(a[1], b[1]) for a, b in pairs])
+
+
+def import_(args: argparse.Namespace) -> Iterator[Figure]:
+    """What importing this package adds, in fresh interpreters."""
+    code = ('import time; a = time.perf_counter(); import timm; b = time.perf_counter(); import timm_emoreg; '
+            'print(time.perf_counter() - a, b - a)')
+    # the first one also reads the files from the disk
+    seconds = [output([sys.executable, '-c', code])[-1][1].split() for _ in range(args.rounds + 1)][1:]
+    yield Figure('import of timm and timm_emoreg over timm', 's', [(float(a), float(b)) for a, b in seconds],
+                 '0.15 s more')
+
+
+def compile_(args: argparse.Namespace) -> Iterator[Figure | str]:
+    """The compiled task beside timm's, each in one graph, and whether train.py compiles anything too late."""
+    for backbone, size, batch, small in NETS[args.device.type]:
+        calls = (training(build(emoreg, backbone, size, small), size, batch, args, compiled=True)
+                 for emoreg in (True, False))
+        yield Figure(f'compiled training step: {backbone}, {size} px, batch {batch}', 's',
+                     compare(*calls, args.rounds), 'at most 1.02')
+    if not TRAIN.is_file():
+        raise Skipped(f'{TRAIN} is not there; run it in a checkout of the project')
+    with tempfile.TemporaryDirectory() as folder:
+        lines = output([sys.executable, str(TRAIN), '--model', 'emoreg_resnet18', '--dataset', 'emoji', '--epochs', '2',
+                        '--torchcompile', '--device', args.device.type, '--output', folder], TORCH_LOGS='recompiles')
+    first_epoch, late = True, 0
+    for _, line in lines:
+        if match := re.match(r'epoch (\d)/2:', line):
+            first_epoch = match[1] == '2'
+        late += 'Recompiling function' in line and not first_epoch
+    yield f'compile: train.py --torchcompile compiled {late} graphs after the first epoch of each stage (goal: 0).'
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
+
+BENCHES = {'step': step, 'loader': loader, 'train': train, 'import': import_, 'compile': compile_}
+
+
+def machine(device: torch.device) -> str:
+    name = platform.processor() or platform.machine()
+    if Path('/proc/cpuinfo').exists():
+        name = re.search(r'model name\s*: (.*)|$', Path('/proc/cpuinfo').read_text())[1] or name
+    name += f', {torch.get_num_threads()} threads of {os.cpu_count()} cores'
+    return f'{torch.cuda.get_device_name(device)}; {name}' if device.type == 'cuda' else name
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog='python -m timm_emoreg.bench', description=__doc__)
+    parser.add_argument('names', nargs='*', metavar='NAME', help=f'{", ".join(BENCHES)} (default: all)')
+    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu', choices=('cpu', 'cuda'))
+    parser.add_argument('--rounds', type=int, default=25, help='of each pair, after one that is not counted')
+    parser.add_argument('--quick', action='store_true', help='few rounds and images: does it run, not how fast')
+    parser.add_argument('--timm-train', type=Path, metavar='PATH', help="your copy of timm's train.py, for train")
+    parser.add_argument('--data-dir', metavar='DIR', help='holds CIFAR-10, for train (default: that of train.py)')
+    parser.add_argument('--json', type=Path, metavar='OUT', help='also write every measurement to this file')
+    args = parser.parse_args(argv)
+    for name in args.names:
+        if name not in BENCHES:
+            parser.error(f'{name}: unknown, expected one of {", ".join(BENCHES)}.')
+    if args.rounds < 1:
+        parser.error(f'--rounds {args.rounds}: at least 1 is needed.')
+    for path in (args.timm_train, args.json and args.json.absolute().parent):
+        if path is not None and not path.exists():
+            parser.error(f'{path}: there is no such file or folder.')
+    args.rounds, args.runs, args.images = (2, 1, 1024) if args.quick else (args.rounds, 3, 8192)
+    args.device = torch.device(args.device)
+    args.steps = 10 if args.device.type == 'cuda' else 1
+    args.autocast, args.precision = autocast_or_not(args.device, 'bfloat16')  # once: the two sides must not differ
+
+    start = time.perf_counter()
+    figures, notes = [], []
+    for name in args.names or BENCHES:
+        try:
+            for found in BENCHES[name](args):
+                (figures if isinstance(found, Figure) else notes).append(found)
+                print(f'measured: {getattr(found, "name", found)}', file=sys.stderr)
+        except Skipped as e:
+            notes.append(f'{name}: skipped, {e}.')
+    about = (f'{machine(args.device)}; {args.precision}; torch {torch.__version__}, timm {timm.__version__}, '
+             f'timm_emoreg {timm_emoreg.__version__}; {time.perf_counter() - start:.0f} s')
+    print(about, *notes, sep='\n')
+    if figures:
+        print(f'\n{table(figures)}')
+    if args.json:
+        found = {'about': about, 'notes': notes, 'figures': [vars(figure) for figure in figures]}
+        args.json.write_text(json.dumps(found, indent=1))
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
