@@ -168,7 +168,9 @@ def peak_memory(call: Callable[[], object], device: torch.device) -> float:
 
 
 def train_anew(emoreg: bool, form: tuple, at: tuple) -> None:
-    training(build(emoreg, *form), *at)()
+    run = training(build(emoreg, *form), *at)
+    run()
+    run()  # with the optimizer's state
 
 
 def step(args: argparse.Namespace) -> Iterator[Figure]:
@@ -210,12 +212,13 @@ def loader(args: argparse.Namespace) -> Iterator[Figure]:
     resident = make_loader(image_set(), (32, 32), batch, CIFAR, training=True, kind='resident', device=args.device,
                            channels_last=True)
     threads, cores = torch.get_num_threads(), os.cpu_count() or 1
-    for workers, torch_threads, what in ((0, 1, 'one core'), (cores, threads, f'{cores} workers')):
-        # without colour jitter, timm's costly default: crop and flip are what the resident loader does, too
+    for what, workers, jitter in (('one core', 0, None), ('one core, timm with its default colour jitter', 0, 0.4),
+                                  (f'{threads} threads, timm with {cores} workers', cores, None)):
         theirs = create_loader(
-            image_set(), (3, 32, 32), batch, is_training=True, scale=(0.5, 1.0), color_jitter=None, num_workers=workers,
-            persistent_workers=workers > 0, pin_memory=args.device.type == 'cuda', device=args.device, **CIFAR)
-        torch.set_num_threads(torch_threads)
+            image_set(), (3, 32, 32), batch, is_training=True, scale=(0.5, 1.0), color_jitter=jitter,
+            num_workers=workers, persistent_workers=workers > 0, pin_memory=args.device.type == 'cuda',
+            device=args.device, **CIFAR)
+        torch.set_num_threads(threads if workers else 1)
         try:
             pairs = compare(through(resident), through(theirs), args.rounds)
         finally:
@@ -267,18 +270,23 @@ def train(args: argparse.Namespace) -> Iterator[Figure]:
     with tempfile.TemporaryDirectory() as folder:
         ours = [sys.executable, str(TRAIN), '--task', 'plain', '--model', 'resnet18', '--no-small-image',
                 '--dataset', 'cifar10', *amp, *recipe, '--output', folder]
-        theirs = [sys.executable, str(args.timm_train), '--model', 'resnet18', '--num-classes', '10', '--input-size',
-                  '3', '32', '32', '--dataset', 'torch/cifar10', '--channels-last', '--color-jitter', '0', '--scale',
+        no_jitter = Path(folder) / 'no_jitter.yaml'  # a flag can only make it 0, which still costs its time
+        no_jitter.write_text('color_jitter: null')
+        theirs = [sys.executable, str(args.timm_train), '-c', str(no_jitter), '--model', 'resnet18', '--num-classes',
+                  '10', '--input-size', '3', '32', '32', '--dataset', 'torch/cifar10', '--channels-last', '--scale',
                   '0.5', '1.0', '--workers', str(os.cpu_count()), *timm_amp, *recipe, '--output', folder]
         # an epoch trains and evaluates all of the published images, of which train.py keeps 10,000 for the end
         for number in range(args.runs):
-            for command, end, images in ((ours, r'epoch \d/3:', 50_000), (theirs, 'Current checkpoints', 60_000)):
+            for command, first, end, images in (
+                    (ours, r'plain: ', r'epoch \d/3:', 50_000),
+                    (theirs, r'Train: 0 \[.* Time: ([\d.]+)s', 'Current checkpoints', 60_000)):
                 lines = output([*command, '--experiment', f'{number}-{images}'])
+                begun = [(seconds, match) for seconds, line in lines if (match := re.match(first, line))]
                 ends = [seconds for seconds, line in lines if re.match(end, line)]
-                if len(ends) != 3:
-                    raise Skipped(f'{command[1]} printed {len(ends)} lines {end!r} instead of 3')
-                epoch = (ends[2] - ends[0]) / 2
-                sides.append((images / epoch, ends[0] - epoch))
+                if not begun or len(ends) != 3:
+                    raise Skipped(f'{command[1]} printed {len(begun)} lines {first!r} and {len(ends)} lines {end!r}')
+                seconds, match = begun[0]  # timm's line comes after the first batch, and tells what that took
+                sides.append((images / (ends[2] - ends[0]) * 2, seconds - sum(map(float, match.groups()))))
     pairs = list(zip(sides[::2], sides[1::2], strict=True))
     title = 'resnet18, stock stem, CIFAR-10, 32 px'
     yield Figure(f'train.py, images trained on and evaluated: {title}', 'images/s', [(a[0], b[0]) for a, b in pairs],
