@@ -23,7 +23,7 @@ RECIPE = ('--model', 'test_vit', '--img-size', 32, '-b', 8, '--epochs', 2, '--no
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory) -> Path:
-    return colours(tmp_path_factory.mktemp('colours'), 48, 13, 11)  # not divisible by two processes
+    return colours(tmp_path_factory.mktemp('colours'), 50, 13, 11)  # not divisible by a batch or by two processes
 
 
 def environments(count=2, names=('RANK', 'WORLD_SIZE', 'LOCAL_RANK')) -> list[dict[str, object]]:

@@ -32,6 +32,7 @@ from .data.loader import make_loader
 from .data.sets import ImageSet, Target
 from .fold import fold
 from .precision import autocast_or_not
+from .small_image import LARGEST_SIZE
 from .task import EmoRegTask
 
 __all__ = ['BENCHES', 'Figure', 'Skipped', 'compare', 'main', 'peak_memory', 'table']
@@ -104,7 +105,7 @@ def compare(ours: Callable[[], object], theirs: Callable[[], object], rounds: in
 def build(emoreg: bool, backbone: str, size: int, small_image: bool, **kwargs) -> nn.Module:
     if small_image or timm.get_pretrained_cfg(backbone).fixed_input_size:
         kwargs['img_size'] = size
-    kwargs.update(num_classes=10, small_image=small_image)
+    kwargs.update(num_classes=10 if size <= LARGEST_SIZE else 1000, small_image=small_image)
     return timm.create_model('emoreg', backbone=backbone, **kwargs) if emoreg else create_backbone(backbone, **kwargs)
 
 
