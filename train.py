@@ -15,11 +15,10 @@ import argparse
 import json
 import math
 import resource
-import shutil
 import signal
 import sys
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from datetime import datetime
 from pathlib import Path
 
@@ -36,15 +35,11 @@ from timm.utils import (
     ParseKwargs,
     dispatch_clip_grad,
     distribute_bn,
-    init_distributed_device,
     is_primary,
     random_seed,
-    reduce_tensor,
     unwrap_model,
     update_summary,
 )
-from timm.utils.distributed import is_distributed_env
-from timm.utils.summary import trim_summary
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -63,6 +58,8 @@ from timm_emoreg.experience import (
     untrained_experience,
 )
 from timm_emoreg.precision import autocast_or_not
+from timm_emoreg.processes import LaunchError, asked_to_stop, join_processes, lost_another, mean_over_processes
+from timm_emoreg.run_folder import WriteError, trim, write_file, writing
 from timm_emoreg.small_image import LARGEST_SIZE, has_small_image_form, small_image_form
 from timm_emoreg.task import AffectTask, EmoRegTask
 
@@ -238,25 +235,6 @@ class Stop(Exception):
 received: list[int] = []  # signals since the start
 
 
-def asked_to_stop(args) -> bool:
-    """Whether a signal has arrived. All processes get the same answer, so they all stop at the same update."""
-    if not args.distributed:
-        return bool(received)
-    number = torch.tensor(received[0] if received else 0, device=args.device)
-    torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX)
-    if number and not received:
-        received.append(int(number))
-    return bool(number)
-
-
-def mean_over_processes(sums: dict[str, torch.Tensor], args) -> dict[str, float]:
-    names = sorted(sums)
-    values = torch.stack([sums[name] for name in names])
-    if args.distributed:
-        values = reduce_tensor(values, args.world_size)
-    return dict(zip(names, values.tolist(), strict=True))
-
-
 def train_epoch(epoch, first_step, task, loader, optimizer, scheduler, scaler, autocast, mixup, saver, args):
     """One pass over the training set, from batch `first_step` on; gives the mean of each part of the loss."""
     task.train()
@@ -300,7 +278,7 @@ def train_epoch(epoch, first_step, task, loader, optimizer, scheduler, scaler, a
             scheduler.step_update(num_updates=done)
             # several GPUs ask each other now and then only, because each question waits for the work under way
             ask = not args.distributed or task.device.type == 'cpu' or done % args.log_interval == 0
-            if step + 1 < updates * accumulate and ask and asked_to_stop(args):
+            if step + 1 < updates * accumulate and ask and asked_to_stop(args, received):
                 args.first_step, args.sums = step + 1, mean_over_processes(sums, args)
                 if saver is not None:
                     with writing(saver.recovery_dir):
@@ -447,7 +425,7 @@ def run_stage(args, task_name: str, splits, device, experience: Experience | Non
         say(args, f'epoch {epoch + 1}/{epochs}: ' + ', '.join(f'{k} {v:.4g}' for k, v in parts.items())
             + ('; validation ' if judged else '') + ', '.join(f'{k} {v:.4g}' for k, v in scores.items())
             + f'; {time.perf_counter() - began:.0f} s')
-        if asked_to_stop(args):
+        if asked_to_stop(args, received):
             raise Stop
 
     # the best epoch, and the one look at the test part
@@ -484,59 +462,9 @@ def run_stage(args, task_name: str, splits, device, experience: Experience | Non
 # -- the stages --------------------------------------------------------------------------------------------------------
 
 
-class LaunchError(ValueError):
-    """An environment that names several processes which cannot work together as asked."""
-
-
-def join_processes(args) -> torch.device:
-    """The device of this process, which joins the others where torchrun, SLURM or MPI started several."""
-    if args.sync_bn and is_distributed_env() and torch.device(args.device).type == 'cpu':
-        raise LaunchError('--sync-bn needs GPUs, torch has no such layer for the CPU. Leave it out, or choose a model '
-                          'without batch norm, such as emoreg_vit_tiny.')
-    try:
-        device = init_distributed_device(args)
-    except (ValueError, torch.distributed.DistError) as e:
-        raise LaunchError(f'the processes cannot find each other ({str(e).splitlines()[0]}). Start them with torchrun, '
-                          'or set MASTER_ADDR and MASTER_PORT, the same for all, beside what SLURM or MPI sets.') from e
-    if args.distributed:
-        names = [args.experiment]  # which may hold the second in which each process started
-        torch.distributed.broadcast_object_list(names)
-        args.experiment, = names
-    return device
-
-
 def say(args, text: str) -> None:
     if is_primary(args):
         print(text, flush=True)
-
-
-class WriteError(OSError):
-    """The output folder takes no file."""
-
-
-@contextmanager
-def writing(folder: str | Path):
-    """One kind of error, which names the folder, for all that can fail while files are written."""
-    try:
-        yield
-    except (OSError, RuntimeError) as e:  # torch.save raises RuntimeError where the disk is full
-        raise WriteError(f'{folder}: cannot be written ({str(e).splitlines()[0]}). Make room or make it writable, or '
-                         'choose another --output.') from e
-
-
-def write_file(path: Path, content: str) -> None:
-    part = path.with_name(path.name + '.part')
-    part.write_text(content)
-    part.replace(path)
-
-
-def trim(summary: Path, epoch: int) -> None:
-    """Drop the rows from `epoch` on, by timm's function, which a kill could interrupt with the file emptied."""
-    if summary.exists():
-        part = summary.with_name('summary.part')
-        shutil.copyfile(summary, part)
-        trim_summary(str(part), epoch)
-        part.replace(summary)
 
 
 def run(args) -> None:
@@ -614,8 +542,7 @@ def main() -> int:
         print(f'train.py: {e}', file=sys.stderr)
         return 2
     except RuntimeError as e:
-        # gloo's errors have no type of their own
-        if not (isinstance(e, torch.distributed.DistError) or 'gloo' in str(e)):
+        if not lost_another(e):
             raise
         what = str(e).split('. ')[0]
         print(f'train.py: process {args.rank} of {args.world_size} lost another one ({what}), whose own message says '

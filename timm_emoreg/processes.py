@@ -1,0 +1,62 @@
+"""Several training processes that act as one: they find each other, agree to stop, and average what they log."""
+from __future__ import annotations
+
+from argparse import Namespace
+
+import torch
+from timm.utils import init_distributed_device, reduce_tensor
+from timm.utils.distributed import is_distributed_env
+from torch import Tensor
+
+__all__ = ['LaunchError', 'asked_to_stop', 'join_processes', 'lost_another', 'mean_over_processes']
+
+
+class LaunchError(ValueError):
+    """An environment that names several processes which cannot work together as asked."""
+
+
+def join_processes(args: Namespace) -> torch.device:
+    """The device of this process, which joins the others where torchrun, SLURM or MPI started several."""
+    if args.sync_bn and is_distributed_env() and torch.device(args.device).type == 'cpu':
+        raise LaunchError('--sync-bn needs GPUs, torch has no such layer for the CPU. Leave it out, or choose a model '
+                          'without batch norm, such as emoreg_vit_tiny.')
+    try:
+        device = init_distributed_device(args)
+    except (ValueError, torch.distributed.DistError) as e:
+        raise LaunchError(f'the processes cannot find each other ({str(e).splitlines()[0]}). Start them with torchrun, '
+                          'or set MASTER_ADDR and MASTER_PORT, the same for all, beside what SLURM or MPI sets.') from e
+    if args.distributed:
+        names = [args.experiment]  # which may hold the second in which each process started
+        torch.distributed.broadcast_object_list(names)
+        args.experiment, = names
+    return device
+
+
+def asked_to_stop(args: Namespace, received: list[int]) -> bool:
+    """Whether a signal has arrived in any process. All get the same answer, so they all stop at the same update.
+
+    Args:
+        args: Those that `join_processes` completed.
+        received: Signals of this process; one of another process is added where there is none.
+    """
+    if not args.distributed:
+        return bool(received)
+    number = torch.tensor(received[0] if received else 0, device=args.device)
+    torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX)
+    if number and not received:
+        received.append(int(number))
+    return bool(number)
+
+
+def mean_over_processes(sums: dict[str, Tensor], args: Namespace) -> dict[str, float]:
+    """The mean of each value over the processes."""
+    names = sorted(sums)
+    values = torch.stack([sums[name] for name in names])
+    if args.distributed:
+        values = reduce_tensor(values, args.world_size)
+    return dict(zip(names, values.tolist(), strict=True))
+
+
+def lost_another(error: RuntimeError) -> bool:
+    """Whether an error says that another process has ended; those of gloo have no type of their own."""
+    return isinstance(error, torch.distributed.DistError) or 'gloo' in str(error)
