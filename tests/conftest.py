@@ -80,3 +80,18 @@ def make_record():
         return Weight(**fields)
 
     return make
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that are saved."""
+    from matplotlib.figure import Figure
+
+    saved, plain = [], Figure.savefig
+
+    def savefig(self, *args, **kwargs):
+        saved.append(self)
+        plain(self, *args, **kwargs)
+
+    monkeypatch.setattr(Figure, 'savefig', savefig)
+    return saved

@@ -3,7 +3,6 @@ from __future__ import annotations
 import math
 
 import pytest
-from matplotlib.figure import Figure
 from PIL import Image
 from timm.utils import update_summary
 from timm.utils.summary import trim_summary
@@ -13,19 +12,6 @@ from timm_emoreg.curves import draw_curves
 PLAIN = ({'loss': 1.0}, {'loss': 0.9, 'top1': 50.0, 'top5': 90.0})
 EMOREG = ({'balance': 0.4, 'loss': 1.0, 'loss_emotional': 1.1, 'loss_non_emotional': 1.2}, PLAIN[1])
 AFFECT = ({'loss': 1.0}, {'loss': 0.9, 'ccc': 0.1, 'ccc_valence': 0.1, 'pcc': 0.1, 'rmse': 0.5})
-
-
-@pytest.fixture
-def figures(monkeypatch):
-    """The figures that are saved."""
-    saved, plain = [], Figure.savefig
-
-    def savefig(self, *args, **kwargs):
-        saved.append(self)
-        plain(self, *args, **kwargs)
-
-    monkeypatch.setattr(Figure, 'savefig', savefig)
-    return saved
 
 
 def write(folder, kind, epochs=5):

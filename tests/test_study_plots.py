@@ -1,9 +1,8 @@
 from __future__ import annotations
 
 import pytest
-from matplotlib.figure import Figure
 from PIL import Image
-from test_study_table import TESTS, write_run
+from test_study_table import write_run, write_runs
 
 from timm_emoreg.study_grid import ARMS
 from timm_emoreg.study_plots import STYLES, draw_forest, draw_learning_curves
@@ -11,24 +10,8 @@ from timm_emoreg.study_table import compare, read_settings
 
 
 @pytest.fixture
-def figures(monkeypatch):
-    """The figures that are saved."""
-    saved, plain = [], Figure.savefig
-
-    def savefig(self, *args, **kwargs):
-        saved.append(self)
-        plain(self, *args, **kwargs)
-
-    monkeypatch.setattr(Figure, 'savefig', savefig)
-    return saved
-
-
-@pytest.fixture
 def folder(tmp_path):
-    for arm, tests in TESTS.items():
-        for seed, test in enumerate(tests):
-            write_run(tmp_path, arm, seed, test)
-    return tmp_path
+    return write_runs(tmp_path)
 
 
 def test_arms_are_told_apart_without_colour():

@@ -28,12 +28,16 @@ def write_run(folder, arm, seed, test, stimuli='emoji', images='1000', predictio
         (folder / 'runs' / key / 'task/predictions.csv').write_text('\n'.join(['target,prediction', *lines]) + '\n')
 
 
-@pytest.fixture
-def folder(tmp_path):
+def write_runs(folder):
     for arm, tests in TESTS.items():
         for seed, test in enumerate(tests):
-            write_run(tmp_path, arm, seed, test)
-    return tmp_path
+            write_run(folder, arm, seed, test)
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return write_runs(tmp_path)
 
 
 def test_arms_come_in_their_order_and_plain_belongs_to_every_setting(folder):
