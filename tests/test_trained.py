@@ -1,0 +1,171 @@
+"""From a name or a run to a model whose outputs have names."""
+import argparse
+import importlib.util
+import json
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from timm.models import save_for_hf
+
+import timm_emoreg  # noqa: F401  registers the models
+from timm_emoreg.answers import answer, describe_set
+from timm_emoreg.checkpoint import CheckpointError
+from timm_emoreg.data import DataError, load_target
+from timm_emoreg.trained import released_model, trained_model
+
+SCRIPT = Path(__file__).parents[1] / 'train.py'
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp('colours')
+    rng = np.random.default_rng(0)
+    for name, colour in (('blue', (40, 60, 200)), ('green', (40, 200, 60)), ('red', (200, 40, 60))):
+        (root / name).mkdir()
+        for i in range(20):
+            pixels = np.clip(rng.normal(colour, 60, (32, 32, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(root / name / f'{i}.png')
+    return root
+
+
+@pytest.fixture(scope='module')
+def run(folder, tmp_path_factory) -> Path:
+    """Both stages as train.py leaves them; the emotions are the colours."""
+    spec = importlib.util.spec_from_file_location('train', SCRIPT)
+    train = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(train)
+    output = tmp_path_factory.mktemp('output')
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, 'argv', [
+            'train.py', '--model', 'test_resnet', '--stimuli', str(folder), '--dataset', str(folder),
+            '--img-size', '32', '-b', '8', '--epochs', '2', '--balance', 'gate', '--model-ema', '--model-ema-decay',
+            '0.8', '--no-amp', '--output', str(output), '--experiment', 'run'])
+        try:
+            assert train.main() == 0
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+    return output / 'run'
+
+
+def test_a_run_answers_as_its_own_evaluation_said(run, folder):
+    trained = trained_model(run)
+    assert trained.affect_names == trained.label_names == ('blue', 'green', 'red')
+    assert (trained.model.balance, trained.model.affect_kind, trained.img_size) == ('gate', 'emotion', (32, 32))
+    test = load_target(str(folder)).test
+    answers, _ = answer(trained, test)
+    told = json.loads((run / 'emoreg/result.json').read_text())['test']['top1']
+    assert describe_set(trained, answers, test.targets, test.target.names)['top1']['regulated'] == round(told, 2)
+
+
+def test_stage_1_of_a_run(run):
+    trained = trained_model(run / 'affect')
+    assert trained.affect_names == ('blue', 'green', 'red')
+    assert (trained.model.num_classes, trained.label_names) == (0, ())
+    assert trained_model(run / 'affect/last.pth.tar').affect_names == trained.affect_names
+
+
+def change(run, to, **args):
+    """A stage-2 checkpoint by itself, with other settings."""
+    state = torch.load(run / 'emoreg/model_best.pth.tar', weights_only=False)
+    state['args'] = argparse.Namespace(**{**vars(state['args']), **args})
+    to.mkdir(parents=True, exist_ok=True)
+    torch.save(state, to / 'model_best.pth.tar')
+    return to
+
+
+def test_a_moved_run_is_told_its_experience(run, tmp_path):
+    alone = change(run, tmp_path / 'alone')
+    with pytest.raises(CheckpointError, match='what its affect response means stands in the result of its stage 1'):
+        trained_model(alone)
+    assert trained_model(alone, experience=str(run)).affect_names == ('blue', 'green', 'red')
+    assert trained_model(change(run, tmp_path / 'told', experience=str(run))).affect_names == ('blue', 'green', 'red')
+
+
+def test_the_form_of_the_dual_head_comes_back(run, tmp_path):
+    model = timm.create_model('emoreg', backbone='test_resnet', num_classes=3, num_affect=3, small_image=True,
+                              balance=0.3, modulation=False, experience='separate').eval()
+    path = change(run, tmp_path, balance=0.3, experience=str(run)) / 'model_best.pth.tar'
+    state = torch.load(path, weights_only=False)
+    del state['state_dict_ema']
+    torch.save({**state, 'state_dict': model.state_dict()}, path)
+    found = trained_model(tmp_path).model
+    assert (found.balance, found.modulation, found.experience) == (0.3, None, 'separate')
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(found(x), model(x))
+
+
+def test_an_experience_of_another_form_is_refused(run, tmp_path):
+    with pytest.raises(CheckpointError, match=r'has 3 outputs, its experience names 1 \(valence\)'):
+        trained_model(change(run, tmp_path), experience='emoreg_resnet18.emoji')
+
+
+def test_a_run_without_experience_is_refused(run, tmp_path):
+    with pytest.raises(CheckpointError, match='--experience none, so its affect response was never taught'):
+        trained_model(change(run, tmp_path, experience='none'))
+
+
+def test_classes_whose_pictures_are_gone_have_numbers(run, tmp_path):
+    trained = trained_model(change(run, tmp_path, dataset=str(tmp_path / 'gone')), experience=str(run))
+    assert trained.label_names == ()
+    assert trained.label(1) == 'class 1'
+
+
+@pytest.mark.parametrize(('make', 'error', 'message'), [
+    (lambda path, run: path, CheckpointError, 'holds no model_best.pth.tar'),
+    (lambda path, run: path / 'nowhere', CheckpointError, 'there is no such checkpoint'),
+    (lambda path, run: (path / 'plain').mkdir() or path, DataError, 'has no affect response: it is a plain model'),
+    (lambda path, run: torch.save({'state_dict': {}}, path / 'a.pth') or path / 'a.pth', CheckpointError,
+     'train.py did not write it'),
+    (lambda path, run: torch.save({'state_dict': {}, 'args': argparse.Namespace()}, path / 'a.pth') or path / 'a.pth',
+     DataError, 'has no affect response'),
+    (lambda path, run: change(run, path, model='test_resnet.2', backbone='test_vit', experience=str(run)),
+     CheckpointError, 'its tensors are not those of its settings'),
+])
+def test_what_is_no_run_of_a_model_with_affect_is_refused(run, tmp_path, make, error, message):
+    with pytest.raises(error, match=message):
+        trained_model(make(tmp_path, run))
+
+
+def test_a_released_weight_brings_its_names():
+    trained = released_model('emoreg_vit_tiny.emoji')
+    assert (trained.affect_names, trained.img_size, trained.label_names) == (('valence',), (32, 32), ())
+    assert trained.model.affect_kind == 'ratings'
+    assert not trained.model.training
+
+
+def test_an_exported_run_brings_its_names_and_size(run, tmp_path):
+    model = trained_model(run).model
+    save_for_hf(model, tmp_path, safe_serialization=True)
+    trained = released_model(f'local-dir:{tmp_path}')
+    assert (trained.label_names, trained.img_size) == (('blue', 'green', 'red'), (32, 32))
+    assert trained.affect_names == ('affect 1', 'affect 2', 'affect 3')
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in trained.model.state_dict().items())
+    save_for_hf(model, tmp_path, model_config={'emoreg': {'affect_names': ['joy', 'fear', 'anger']}},
+                safe_serialization=True)
+    assert released_model(f'local-dir:{tmp_path}').affect_names == ('joy', 'fear', 'anger')
+
+
+@pytest.mark.parametrize(('name', 'message'), [
+    ('emoreg_resnet18.emojy', "Did you mean 'emoreg_resnet18.emoji'"),
+    ('emoreg_resnet50', "--model 'emoreg_resnet50' is unknown. Known: 'emoreg_resnet18.emoji'"),
+    ('resnet18', '--model resnet18 has no affect response: it is a plain model'),
+    ('local-dir:nowhere', 'nowhere/config.json cannot be read'),
+])
+def test_a_name_that_is_no_weight_is_refused(name, message):
+    with pytest.raises(DataError) as error:
+        released_model(name)
+    assert message in str(error.value)
+
+
+def test_a_folder_of_a_plain_model_is_refused(tmp_path):
+    save_for_hf(timm.create_model('test_resnet'), tmp_path, safe_serialization=True)
+    with pytest.raises(DataError, match='has no affect response'):
+        released_model(f'local-dir:{tmp_path}')

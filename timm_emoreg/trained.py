@@ -1,0 +1,168 @@
+"""A trained model and the meaning of its outputs: a released weight, or what a run of train.py left."""
+from __future__ import annotations
+
+import contextlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+from timm.data import resolve_model_data_config
+
+from . import BACKBONES, EmoReg, zoo
+from .checkpoint import CheckpointError, load_training_checkpoint
+from .data import DataError, load_target
+from .data.choices import unknown_choice
+from .experience import Experience, find_experience
+
+__all__ = ['Trained', 'released_model', 'trained_model']
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model in eval mode.
+
+    Args:
+        source: Where it comes from, for headings.
+        model: The model.
+        img_size: Height and width of its input.
+        affect_names: Name of each affect output.
+        label_names: Name of each class; empty if it has no classes, or if their names are not known.
+    """
+
+    source: str
+    model: EmoReg
+    img_size: tuple[int, int]
+    affect_names: tuple[str, ...]
+    label_names: tuple[str, ...]
+
+    def label(self, index: int) -> str:
+        """Name of a class."""
+        return self.label_names[index] if self.label_names else f'class {index}'
+
+
+def _no_affect(what: str) -> DataError:
+    return DataError(f'{what} has no affect response: it is a plain model. Give an emoreg_* weight, or a run of '
+                     '--task affect or --task emoreg.')
+
+
+def released_model(name: str) -> Trained:
+    """A released weight by name and tag, or a folder of one as ``local-dir:PATH``.
+
+    Raises:
+        DataError: If the name is unknown, or means a model without an affect response.
+        WeightError: If the weight cannot be had.
+    """
+    names: tuple[str, ...] = ()
+    if name.startswith('local-dir:'):
+        config = Path(name.removeprefix('local-dir:')) / 'config.json'
+        try:
+            names = tuple(json.loads(config.read_text()).get('emoreg', {}).get('affect_names', ()))
+        except (OSError, ValueError) as e:
+            raise DataError(f'--model {name}: {config} cannot be read ({e}). Give the folder of a weight, such as '
+                            'local-dir:hub_cards/NAME.') from None
+    else:
+        weight = zoo.find(name)
+        if weight is None:
+            architecture = name.split('.')[0]
+            if architecture not in BACKBONES and timm.is_model(architecture):
+                raise _no_affect(f'--model {name}')
+            raise unknown_choice('', '--model', name, [w.name for w in zoo.WEIGHTS.values() if w.available],
+                                 'Or give a run of train.py with --checkpoint.')
+        name, names = weight.name, weight.affect_names
+    model = timm.create_model(name, pretrained=True)
+    if not isinstance(model, EmoReg):
+        raise _no_affect(f'--model {name}')
+    if len(names) != model.num_affect:
+        names = tuple(f'affect {i + 1}' for i in range(model.num_affect))
+    return Trained(name, model.eval(), resolve_model_data_config(model)['input_size'][1:], names,
+                   tuple(model.pretrained_cfg.get('label_names') or ()))
+
+
+def _find_checkpoint(where: Path) -> Path:
+    if not where.is_dir():
+        return where
+    for folder in (where, where / 'emoreg', where / 'affect'):
+        if (folder / 'model_best.pth.tar').is_file():
+            return folder / 'model_best.pth.tar'
+    if (where / 'plain').is_dir():
+        raise _no_affect(str(where))
+    raise CheckpointError(f'{where}: holds no model_best.pth.tar, neither itself nor in its folders emoreg and affect. '
+                          'Give a run of train.py that finished an epoch, or a checkpoint.')
+
+
+def _experience_of(checkpoint: Path, args: dict[str, Any], given: str | None) -> Experience:
+    """What stage 1 left for a checkpoint of stage 2: beside it, or where the settings of the run say."""
+    beside = checkpoint.resolve().parent.parent / 'affect' / 'model_best.pth.tar'
+    source = given or args['experience'] or str(beside)
+    if source == 'none':
+        raise CheckpointError(f'{checkpoint}: was trained with --experience none, so its affect response was never '
+                              'taught anything that could be named. Give a run with an experience.')
+    try:
+        return find_experience(source)
+    except CheckpointError as e:
+        raise CheckpointError(f'{checkpoint}: what its affect response means stands in the result of its stage 1, '
+                              f'which cannot be read ({e}) Name it with --experience.') from None
+
+
+def trained_model(where: str | Path, experience: str | None = None, data_dir: str | Path | None = None) -> Trained:
+    """The model of a checkpoint of train.py.
+
+    Its tensors and settings say how it was built; the names of its affect outputs come from stage 1, those of its
+    classes from its data set. Where that set is gone, the classes stay without names.
+
+    Args:
+        where: A checkpoint, or the folder of a run, whose best stage-2 checkpoint goes before that of stage 1.
+        experience: The result of stage 1, where it lies elsewhere now.
+        data_dir: Folder of the data sets, the run's own if None.
+
+    Raises:
+        CheckpointError: If there is none, or it cannot be used.
+        DataError: If its model has no affect response.
+    """
+    path = _find_checkpoint(Path(where))
+    checkpoint = load_training_checkpoint(path)
+    if 'args' not in checkpoint:
+        raise CheckpointError(f'{path}: holds no settings of its run, so train.py did not write it. Give a run of '
+                              'train.py.')
+    args = vars(checkpoint['args'])
+    state = checkpoint.get('state_dict_ema') or checkpoint['state_dict']  # the averaged ones are those that were judged
+    if 'head_affect.weight' not in state:
+        raise _no_affect(str(path))
+    task = checkpoint.get('task_state') or {}
+    if 'names' in task:
+        names, kind = tuple(task['names']), 'ratings' if task['target_kind'] == 'ratings' else 'emotion'
+    else:
+        found = _experience_of(path, args, experience)
+        names, kind = found.names, found.affect_kind
+    if len(names) != len(state['head_affect.weight']):
+        raise CheckpointError(f'{path}: its affect response has {len(state["head_affect.weight"])} outputs, its '
+                              f'experience names {len(names)} ({", ".join(names)}). Name the right one with '
+                              '--experience.')
+    num_classes = len(state['head.weight']) if 'head.weight' in state else 0
+    form = dict(args['model_kwargs'], small_image=args['small_image'])
+    if args['small_image'] or timm.get_pretrained_cfg(args['backbone']).fixed_input_size:
+        form['img_size'] = args['img_size']
+    if args['model'] not in BACKBONES:
+        form['backbone'] = args['backbone']
+    model = timm.create_model(
+        args['model'] if args['model'] in BACKBONES else 'emoreg', num_classes=num_classes, num_affect=len(names),
+        affect_kind=kind, balance=args['balance'] if num_classes else 0.5,
+        modulation='modulation.gain.weight' in state,
+        experience='separate' if any(k.startswith('backbone_emo.') for k in state) else 'shared', **form)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as e:
+        raise CheckpointError(f'{path}: its tensors are not those of its settings '
+                              f'({str(e).splitlines()[-1].strip()}). Train again.') from None
+    labels = ()
+    if num_classes:
+        with contextlib.suppress(DataError):  # trained on pictures that are not here
+            labels = load_target(args['dataset'], data_dir or args['data_dir']).target.names
+    labels = labels if len(labels) == num_classes else ()
+    # what timm's transforms and an export of the model go by
+    model.pretrained_cfg |= {'num_classes': num_classes, 'input_size': (3, args['img_size'], args['img_size']),
+                             'test_input_size': None, 'pool_size': None, 'crop_pct': 1.0, 'test_crop_pct': None,
+                             'label_names': labels or None}
+    return Trained(str(where), model.eval(), (args['img_size'],) * 2, names, labels)
