@@ -95,3 +95,19 @@ def figures(monkeypatch):
 
     monkeypatch.setattr(Figure, 'savefig', savefig)
     return saved
+
+
+@pytest.fixture(scope='session')
+def colours(tmp_path_factory) -> Path:
+    """A folder per class: three colours with noise, 20 images each."""
+    import numpy as np
+    from PIL import Image
+
+    root = tmp_path_factory.mktemp('colours')
+    rng = np.random.default_rng(0)
+    for name, colour in (('blue', (40, 60, 200)), ('green', (40, 200, 60)), ('red', (200, 40, 60))):
+        (root / name).mkdir()
+        for i in range(20):
+            pixels = np.clip(rng.normal(colour, 60, (32, 32, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(root / name / f'{i}.png')
+    return root

@@ -31,18 +31,6 @@ CLASSES = ('cat', 'Smileys and every other emotion of the list', 'Animals $ Natu
 
 
 @pytest.fixture
-def figures(monkeypatch):
-    """The figures that are saved."""
-    saved, plain = [], Figure.savefig
-
-    def savefig(self, *args, **kwargs):
-        saved.append(self)
-        plain(self, *args, **kwargs)
-    monkeypatch.setattr(Figure, 'savefig', savefig)
-    return saved
-
-
-@pytest.fixture
 def picture(tmp_path):
     path = tmp_path / 'picture.png'
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)).save(path)
