@@ -49,6 +49,7 @@ from timm_emoreg.curves import draw_curves
 from timm_emoreg.data import STIMULI, DataError, load_stimuli, load_target
 from timm_emoreg.data.controls import fewer_images, predict_rotation, shuffle_labels
 from timm_emoreg.data.loader import make_loader
+from timm_emoreg.data.progressive import SMALLEST, ProgressiveLoader
 from timm_emoreg.emoreg import create_backbone
 from timm_emoreg.experience import (
     Experience,
@@ -99,6 +100,8 @@ def parse_args() -> argparse.Namespace:
     group.add_argument('--data-dir', type=Path, help='data sets (default: $EMOREG_DATA, ~/.cache/emoreg-data)')
     group.add_argument('--train-images', type=int, metavar='N', help='a stratified part of N training images')
     group.add_argument('--img-size', type=int, help='default: 32, and 224 for a folder or csv')
+    group.add_argument('--start-img-size', type=int, metavar='N',
+                       help='progressive resizing: training images grow from N px to --img-size over 2/3 of the epochs')
     group.add_argument('-b', '--batch-size', type=int, help='default: 128, for fewer than 10,000 images 32')
     group.add_argument('--loader', default='auto', choices=('auto', 'resident', 'timm'))
     group.add_argument('--workers', type=int, default=2, help="of timm's loader")
@@ -113,6 +116,7 @@ def parse_args() -> argparse.Namespace:
     group.add_argument('--epochs', type=int, default=10)
     group.add_argument('--val-interval', type=int, default=1, help='epochs between validations; the last has one')
     group.add_argument('--opt', help='any of timm (default: adamw for stage 1 and for ViT, else sgd)')
+    group.add_argument('--opt-kwargs', nargs='*', default={}, action=ParseKwargs, help='for the optimizer, name=value')
     group.add_argument('--lr', type=float, help='default: 0.1 for sgd, else 0.001, at 128 images an update')
     group.add_argument('--momentum', type=float, default=0.9)
     group.add_argument('--weight-decay', type=float, help='default: 5e-4 for sgd, 0.05 otherwise')
@@ -162,9 +166,25 @@ def parse_args() -> argparse.Namespace:
         parser.error('--task affect makes an experience and takes none: leave --experience out.')
     if args.val_interval < 1:
         parser.error(f'--val-interval {args.val_interval}: expected 1 or more.')
+    if args.opt_kwargs and not args.opt:
+        parser.error(f'--opt-kwargs {args.opt_kwargs}: belong to one optimizer. Give --opt, too.')
+    if args.opt:
+        try:  # on one number, before anything is written
+            create_optimizer_v2([torch.nn.Parameter(torch.zeros(1))], opt=args.opt, lr=1.0, momentum=args.momentum,
+                                **args.opt_kwargs)
+        except (TypeError, ValueError) as e:
+            parser.error(f'--opt {args.opt}, --opt-kwargs {args.opt_kwargs}: {e}. timm.optim.list_optimizers() names '
+                         'the optimizers.')
     args.backbone = timm_emoreg.BACKBONES.get(args.model, args.model)
     main_set = (args.stimuli or 'emoji') if args.task == 'affect' else args.dataset
     args.img_size = args.img_size or (32 if main_set in ('cifar10', 'cifar100', *STIMULI) else 224)
+    if args.start_img_size is not None:
+        if not SMALLEST <= args.start_img_size <= args.img_size:
+            parser.error(f'--start-img-size {args.start_img_size}: expected {SMALLEST} to {args.img_size}, '
+                         'the --img-size.')
+        if timm.get_pretrained_cfg(args.backbone).fixed_input_size:
+            parser.error(f'--start-img-size {args.start_img_size}: {args.backbone} takes images of one size only. '
+                         'Leave it out, or use a --model that takes any, such as a ResNet.')
     if args.small_image is None:
         args.small_image = args.img_size <= LARGEST_SIZE and has_small_image_form(args.backbone)
     stamp = datetime.now().strftime('%Y%m%d-%H%M%S')
@@ -367,7 +387,7 @@ def run_stage(args, task_name: str, splits, device, experience: Experience | Non
     weight_decay = (5e-4 if sgd else 0.05) if args.weight_decay is None else args.weight_decay
     updates = len(train_loader) // args.grad_accum_steps
     optimizer = create_optimizer_v2(model, opt=opt, lr=lr, weight_decay=weight_decay, momentum=args.momentum,
-                                    layer_decay=args.layer_decay)
+                                    layer_decay=args.layer_decay, **args.opt_kwargs)
     scheduler, _ = create_scheduler_v2(
         optimizer, args.sched, num_epochs=epochs, warmup_epochs=min(args.warmup_epochs, epochs / 4),
         warmup_lr=args.warmup_lr * lr, min_lr=args.min_lr * lr, step_on_epochs=False, updates_per_epoch=updates)
@@ -375,9 +395,12 @@ def run_stage(args, task_name: str, splits, device, experience: Experience | Non
     scaler = NativeScaler(device.type) if precision == 'float16' else None
     metric = task.create_evaluator().default_metric
     form = small_image_form(getattr(unwrap_model(model), 'backbone', unwrap_model(model)))
-    say(args, f'{task_name}: {args.model} ({form}, {args.img_size} px, '
+    pixels = f'{args.start_img_size} to {args.img_size}' if args.start_img_size is not None else args.img_size
+    say(args, f'{task_name}: {args.model} ({form}, {pixels} px, '
               f'{sum(p.numel() for p in model.parameters()):,} parameters) on {splits.summary()}; {epochs} epochs, '
               f'{opt}, lr {lr:g}, batch {whole_batch}, {precision}, {type(train_loader).__name__} on {device}')
+    if args.start_img_size is not None:
+        train_loader = ProgressiveLoader(train_loader, args.start_img_size, epochs)
 
     # where a stopped run goes on
     args.first_step, args.sums, first_epoch = 0, {}, 0

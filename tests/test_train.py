@@ -92,7 +92,8 @@ def test_stage_2_starts_from_the_weights_of_stage_1(run, tmp_path, folder, train
     ('--balance', 'learned', '--opt', 'adamw', '--layer-decay', '0.7'),
     ('--balance', 'gate', '--cutmix', '1', '--mixup', '0.5', '--clip-grad', '1'),
     ('--balance', '0.3', '--balanced-in', 'loss', '--model-ema', '--grad-accum-steps', '2'),
-    ('--separate-experience', '--opt', 'muon', '--hflip', 'alternate', '--cutout', '8'),
+    ('--separate-experience', '--opt', 'muon', '--opt-kwargs', 'ns_steps=3', 'nesterov=True', '--hflip', 'alternate',
+     '--cutout', '8', '--start-img-size', '16'),
     ('--no-modulation', '--loader', 'timm', '--workers', '0', '--grad-checkpointing', '--clip-grad', '1',
      '--clip-mode', 'agc'),
 ])
@@ -124,7 +125,7 @@ def test_ratings_of_a_csv(run, tmp_path, folder):
 
 def test_a_resumed_run_ends_with_the_numbers_of_an_unbroken_one(run, train, tmp_path, folder, monkeypatch):
     flags = ('--stimuli', folder, '--dataset', folder, '--epochs', 3, '--drop', 0.2, '--mixup', 0.5, '--model-ema',
-             '--balance', 'learned')
+             '--balance', 'learned', '--start-img-size', 24)
     assert run(*flags, name='whole')[0] == 0
 
     steps, seed = [], train.random_seed
@@ -180,6 +181,11 @@ def test_a_loss_that_is_not_finite_stops_the_run(run, tmp_path, folder):
     (('--task', 'affect', '--experience', 'x'), '--task affect makes an experience and takes none'),
     (('--val-interval', '0'), '--val-interval 0: expected 1 or more'),
     (('--experience', 'x', '--stimuli', 'emoji'), 'give one of them'),
+    (('--opt', 'sdg'), '--opt sdg, --opt-kwargs {}: '),
+    (('--opt', 'muon', '--opt-kwargs', 'steps=3'), "--opt-kwargs {'steps': 3}: "),
+    (('--opt-kwargs', 'ns_steps=3'), "--opt-kwargs {'ns_steps': 3}: belong to one optimizer. Give --opt, too"),
+    (('--start-img-size', '4'), '--start-img-size 4: expected 8 to 32, the --img-size'),
+    (('--model', 'emoreg_vit_tiny', '--start-img-size', '16'), 'vit_tiny_patch16_224 takes images of one size only'),
     (('--balance', 'half'), "--balance half: expected a number in [0, 1], 'learned' or 'gate'"),
     (('--model', 'resnet_18'), '--model resnet_18: unknown'),
     (('--resume', 'nowhere'), 'holds no args.json'),
