@@ -111,3 +111,27 @@ def colours(tmp_path_factory) -> Path:
             pixels = np.clip(rng.normal(colour, 60, (32, 32, 3)), 0, 255).astype(np.uint8)
             Image.fromarray(pixels).save(root / name / f'{i}.png')
     return root
+
+
+@pytest.fixture(scope='session')
+def trained_run(colours, tmp_path_factory) -> Path:
+    """Both stages as train.py leaves them; the emotions are the colours."""
+    import importlib.util
+    import signal
+
+    spec = importlib.util.spec_from_file_location('train', Path(__file__).parents[1] / 'train.py')
+    train = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(train)
+    output = tmp_path_factory.mktemp('output')
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, 'argv', [
+            'train.py', '--model', 'test_resnet', '--stimuli', str(colours), '--dataset', str(colours),
+            '--img-size', '32', '-b', '8', '--epochs', '2', '--balance', 'gate', '--model-ema', '--model-ema-decay',
+            '0.8', '--no-amp', '--output', str(output), '--experiment', 'run'])
+        try:
+            assert train.main() == 0
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+    return output / 'run'

@@ -80,6 +80,9 @@ def test_learned_and_gated_balance_follow_their_parameters():
     (dict(affect_kind='mood'), "affect_kind='mood' is unknown, expected one of 'emotion', 'ratings'"),
     (dict(experience='none'), "expected one of 'shared', 'separate'"),
     (dict(balanced_in='head'), "expected one of 'prediction', 'loss'"),
+    (dict(keep_affect=-0.5), 'keep_affect=-0.5 is no weight of a loss: give 0 for none, or more'),
+    (dict(keep_affect=float('nan')), 'keep_affect=nan is no weight'),
+    (dict(keep_affect=1.0, experience='separate'), "nothing to keep: with experience='separate'"),
     (dict(num_affect=1), 'softmax over one emotion is always 1'),
     (dict(num_affect=0, affect_kind='ratings'), 'nothing to respond with'),
 ])

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+
 import pytest
 import timm
 import torch
@@ -96,6 +98,8 @@ def test_a_trained_balance_in_the_loss_is_refused(balance):
         EmoRegTask(make(), 'both')
     with pytest.raises(ValueError, match='num_classes=0, so there is no response to train'):
         EmoRegTask(make(num_classes=0))
+    with pytest.raises(ValueError, match='keep_affect=1 has nothing to keep'):
+        EmoRegTask(make(experience='separate'), keep_affect=1)
 
 
 @pytest.mark.parametrize('balanced_in', ['prediction', 'loss'])
@@ -115,6 +119,36 @@ def test_soft_targets_and_smoothing(batch, balanced_in):
         expected = cross_entropy((1 - r) * z + r * z_emo) if balanced_in == 'prediction' else (
             0.7 * cross_entropy(z) + 0.3 * cross_entropy(z_emo))
         torch.testing.assert_close(loss, expected)
+
+
+@pytest.mark.parametrize('kind', ['emotion', 'ratings'])
+@pytest.mark.parametrize('balanced_in', ['prediction', 'loss'])
+def test_affect_response_is_kept_close_to_what_it_was(batch, kind, balanced_in):
+    x, target = batch
+    kwargs = {'balance': 0.3, 'affect_kind': kind, 'modulation': False}
+    model, before = make(**kwargs), make(**kwargs).eval()
+    task = EmoRegTask(model, balanced_in, keep_affect=2.0).train()
+    assert not task.before.training
+    assert task(x, target)['loss_affect'].abs() < 1e-6
+    with torch.no_grad():
+        model.head_affect.weight.add_(0.3)
+        model.backbone.norm.weight.mul_(1.5)
+    result = task(x, target)
+    a, a_before = model.forward_affect(x), before.forward_affect(x)
+    if kind == 'emotion':
+        p, p_before = a.softmax(1), a_before.softmax(1)
+        expected = (p_before * (p_before / p).log()).sum(1).mean()
+    else:
+        expected = ((a - a_before) ** 2).mean()
+    assert expected > 1e-3
+    torch.testing.assert_close(result['loss_affect'], expected)
+    without = EmoRegTask(copy.deepcopy(model), balanced_in).train()(x, target)['loss']
+    torch.testing.assert_close(result['loss'], without + 2 * expected)
+    assert not result['loss_affect'].requires_grad
+    result['loss'].backward()
+    assert model.head_affect.weight.grad.abs().sum() > 0
+    assert all(p.grad is None for p in task.before.parameters())
+    assert set(task.get_checkpoint_state()['state_dict']) == set(model.state_dict())  # the frozen copy is not saved
 
 
 def test_losses_are_float32_under_autocast(batch):

@@ -1,9 +1,6 @@
 """From a name or a run to a model whose outputs have names."""
 import argparse
-import importlib.util
 import json
-import signal
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,8 +14,6 @@ from timm_emoreg.checkpoint import CheckpointError
 from timm_emoreg.data import DataError, load_target
 from timm_emoreg.trained import released_model, trained_model
 
-SCRIPT = Path(__file__).parents[1] / 'train.py'
-
 
 @pytest.fixture(scope='module')
 def folder(colours) -> Path:
@@ -26,24 +21,8 @@ def folder(colours) -> Path:
 
 
 @pytest.fixture(scope='module')
-def run(folder, tmp_path_factory) -> Path:
-    """Both stages as train.py leaves them; the emotions are the colours."""
-    spec = importlib.util.spec_from_file_location('train', SCRIPT)
-    train = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(train)
-    output = tmp_path_factory.mktemp('output')
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, 'argv', [
-            'train.py', '--model', 'test_resnet', '--stimuli', str(folder), '--dataset', str(folder),
-            '--img-size', '32', '-b', '8', '--epochs', '2', '--balance', 'gate', '--model-ema', '--model-ema-decay',
-            '0.8', '--no-amp', '--output', str(output), '--experiment', 'run'])
-        try:
-            assert train.main() == 0
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-    return output / 'run'
+def run(trained_run) -> Path:
+    return trained_run
 
 
 def test_a_run_answers_as_its_own_evaluation_said(run, folder):

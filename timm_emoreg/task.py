@@ -1,6 +1,7 @@
 """The two training tasks, on timm's task interface: loss and model in one place, no emotion in the training loop."""
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -112,18 +113,24 @@ class EmoRegTask(ClassificationTask):
     Args:
         model: The model; in train mode its forward gives both responses from here on.
         balanced_in: ``'prediction'``: ``CE(y)``; ``'loss'``: ``(1 - r) CE(z) + r CE(z')``, for a fixed balance only.
+        keep_affect: Weight of a second loss that keeps the affect response to the downstream images close to what the
+            model answers now, before stage 2 (Learning without Forgetting, Li and Hoiem 2016, arXiv 1606.09282): the
+            divergence ``KL(softmax(a before) || softmax(a))`` of emotions, the squared error of ratings. 0 for none;
+            it costs a forward pass of a frozen copy.
         criterion: Loss function. Created from `criterion_kwargs` by timm when None.
         criterion_kwargs: Arguments for ``timm.loss.create_classification_loss``.
         device: Device for task tensors.
 
     Raises:
-        ValueError: For a learned or gated balance in the loss, or a model without classes.
+        ValueError: For a learned or gated balance in the loss, a model without classes, a negative `keep_affect`, or
+            one above 0 with ``experience='separate'``.
     """
 
     def __init__(
             self,
             model: EmoReg,
             balanced_in: str = 'prediction',
+            keep_affect: float = 0.0,
             criterion: nn.Module | Callable | None = None,
             criterion_kwargs: dict[str, Any] | None = None,
             device: torch.device | None = None,
@@ -133,15 +140,22 @@ class EmoRegTask(ClassificationTask):
             raise ValueError('The model has num_classes=0, so there is no response to train. Build it with classes.')
         kind = model.regulation.kind
         check_regulation(model.balance if kind == 'fixed' else kind, model.num_affect, model.affect_kind,
-                         model.experience, balanced_in)
+                         model.experience, balanced_in, keep_affect)
+        before = None
+        if keep_affect:
+            before = copy.deepcopy(model).eval().requires_grad_(False)
+            before.set_training_output('affect')
         # a model that comes straight from stage 1 has all of these the other way round
         for part in (model.head, model.head_emo, model.modulation, model.regulation):
             if part is not None:
                 part.requires_grad_(True)
         model.head_affect.requires_grad_(
-            model.experience == 'shared' and (model.modulation is not None or kind == 'gate'))
+            model.experience == 'shared' and (model.modulation is not None or kind == 'gate' or keep_affect > 0))
         super().__init__(model, criterion, criterion_kwargs, device=device, verbose=verbose)
         self.balanced_in = balanced_in
+        self.keep_affect = keep_affect
+        self.emotion = model.affect_kind == 'emotion'
+        self.before = before
         model.set_training_output('responses')
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
@@ -153,9 +167,9 @@ class EmoRegTask(ClassificationTask):
 
         Returns:
             ``loss`` (scalar), ``output`` (y, (B, C)), and for the log, without gradient, ``loss_non_emotional``,
-            ``loss_emotional`` and ``balance`` (means over the batch).
+            ``loss_emotional``, ``balance`` (means over the batch) and, where it is kept, ``loss_affect``.
         """
-        z, z_emo, _, r = self.trainable_module(input)
+        z, z_emo, affect, r = self.trainable_module(input)
         output = regulate(z, z_emo, r)
         with torch.set_grad_enabled(self.balanced_in == 'loss' and torch.is_grad_enabled()):
             loss_z, loss_emo = self.criterion(z, target), self.criterion(z_emo, target)
@@ -163,8 +177,24 @@ class EmoRegTask(ClassificationTask):
             loss = regulate(loss_z, loss_emo, r[0, 0])
         else:
             loss = self.criterion(output, target)
-        return {'loss': loss, 'output': output, 'loss_non_emotional': loss_z.detach(),
-                'loss_emotional': loss_emo.detach(), 'balance': r.detach().float().mean()}
+        result = {'loss': loss, 'output': output, 'loss_non_emotional': loss_z.detach(),
+                  'loss_emotional': loss_emo.detach(), 'balance': r.detach().float().mean()}
+        if self.before is not None:
+            with torch.no_grad():
+                before = self.before(input).float()
+            if self.emotion:
+                loss_affect = F.kl_div(affect.float().log_softmax(1), before.log_softmax(1), reduction='batchmean',
+                                       log_target=True)
+            else:
+                loss_affect = F.mse_loss(affect.float(), before)
+            result |= {'loss': loss + self.keep_affect * loss_affect, 'loss_affect': loss_affect.detach()}
+        return result
+
+    def train(self, mode: bool = True) -> EmoRegTask:
+        super().train(mode)
+        if self.before is not None:
+            self.before.eval()
+        return self
 
     def get_clip_parameters(self, exclude_head: bool = False) -> list[nn.Parameter]:
         """The parameters to clip, without those of the two heads if `exclude_head`."""

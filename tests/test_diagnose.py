@@ -1,0 +1,93 @@
+"""What stage 2 left of stage 1: every number against one computed another way."""
+import json
+
+import pytest
+import torch
+from test_answers import build, images
+
+from timm_emoreg.answers import answer
+from timm_emoreg.data import DataError, ImageSet, Target, load_target
+from timm_emoreg.diagnose import affect_quality, diagnose, main, with_constant_state
+
+
+def stimuli_like(trained, n=9):
+    names = trained.affect_names
+    ratings = trained.model.affect_kind == 'ratings'
+    targets = torch.rand(n, len(names)) * 2 - 1 if ratings else torch.arange(n) % len(names)
+    pixels = torch.randint(0, 256, (n, 32, 32, 3), generator=torch.Generator().manual_seed(2), dtype=torch.uint8)
+    return ImageSet(pixels.numpy(), targets, Target('ratings' if ratings else 'class', names))
+
+
+@pytest.mark.parametrize('kind', ['emotion', 'ratings'])
+@pytest.mark.parametrize('experience', ['shared', 'separate'])
+def test_constant_state_takes_away_what_differs_between_images(kind, experience):
+    trained, shown = build(affect_kind=kind, balance='gate', experience=experience), images()
+    model, own = trained.model, answer(trained, shown)[0]
+    state = torch.tensor([0.2, 0.7, 0.1])
+    found = with_constant_state(trained, shown, state, 'cpu')
+    assert torch.equal(found.non_emotional, own.non_emotional)
+    assert torch.equal(found.affect, own.affect)
+    assert found.balance.std() < 1e-6
+    assert own.balance.std() > 1e-4
+    stream = model.backbone if model.backbone_emo is None else model.backbone_emo
+    mean, std = (torch.tensor(model.pretrained_cfg[k])[:, None, None] for k in ('mean', 'std'))
+    x = (torch.from_numpy(shown.images).permute(0, 3, 1, 2) / 255 - mean) / std
+    with torch.no_grad():
+        h = stream.forward_head(stream.forward_features(x), pre_logits=True)
+        gain, shift = model.modulation.gain.weight @ state, model.modulation.shift.weight @ state
+        torch.testing.assert_close(found.emotional, model.head_emo(h * (1 + gain) + shift), atol=1e-4, rtol=1e-4)
+    assert torch.equal(answer(trained, shown)[0].emotional, own.emotional)  # the model is as it was
+
+
+def test_quality_is_that_of_stage_1(trained_run, colours):
+    from timm_emoreg.trained import trained_model
+
+    test = load_target(str(colours)).test
+    told = json.loads((trained_run / 'affect/result.json').read_text())['test']
+    found = affect_quality(trained_model(trained_run / 'affect'), test, 'cpu')
+    assert found == pytest.approx(told, abs=1e-3)
+
+
+def test_a_model_that_stage_2_left_alone_kept_everything():
+    trained = build()
+    before = {k: v.clone() for k, v in trained.model.state_dict().items()}
+    found = diagnose(trained, before, stimuli_like(trained), images())
+    assert found['affect']['before'] == found['affect']['after']
+    assert found['state']['moved'] == 0
+    assert found['state']['sd_before'] == found['state']['sd_after'] > 0
+    assert found['balance'] == {'mean': 0.5, 'sd': 0.0}
+
+
+def test_a_model_that_changed_is_compared_with_what_it_was():
+    trained, stimuli, shown = build(), stimuli_like(build()), images()
+    before = {k: v.clone() for k, v in trained.model.state_dict().items()}
+    then = answer(trained, shown)[0].state
+    quality = affect_quality(trained, stimuli, 'cpu')
+    with torch.no_grad():
+        trained.model.head_affect.bias.add_(torch.tensor([3.0, 0.0, -3.0]))
+    now = answer(trained, shown)[0]
+    found = diagnose(trained, before, stimuli, shown)
+    assert found['affect']['before'] == quality != found['affect']['after']
+    moved = (now.state - then).abs().mean().item()
+    assert moved > 0.1
+    assert found['state']['moved'] == pytest.approx(moved, abs=1e-4)
+    assert found['top1']['regulated'] == 100 * (now.regulated.argmax(1) == shown.targets).float().mean()
+    assert (found['stimuli'], found['images']) == (9, 5)
+
+
+def test_what_does_not_belong_together_is_refused():
+    trained = build()
+    with pytest.raises(DataError, match='the stimuli ask for joy, fear, the affect response of a model gives joy, '):
+        affect_quality(trained, stimuli_like(build(names=('joy', 'fear'))), 'cpu')
+    with pytest.raises(DataError, match='the images have 4 classes, a model answers with 3'):
+        diagnose(build(num_classes=3), {}, stimuli_like(trained), images())
+
+
+def test_command(trained_run, colours, capsys):
+    argv = [str(trained_run), '--experience', str(trained_run), '--stimuli', str(colours), '--dataset', str(colours)]
+    assert main(argv) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert set(found) == {'model', 'stimuli', 'images', 'affect', 'state', 'constant_state', 'top1', 'balance'}
+    assert found['state']['moved'] > 0
+    assert main([str(trained_run / 'nothing'), *argv[1:]]) == 2
+    assert capsys.readouterr().err.startswith('diagnose: ')

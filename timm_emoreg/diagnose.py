@@ -1,0 +1,141 @@
+"""What stage 2 left of stage 1, and what it does with it, in numbers: python -m timm_emoreg.diagnose.
+
+    python -m timm_emoreg.diagnose output/RUN --experience PATH-or-tag --stimuli ferplus --dataset cifar10
+
+    affect         quality of the affect response on stimuli before and after stage 2: does stage 2 erase stage 1?
+    state          how far the affective state of downstream images moved, and how much of it varies between images
+    constant_state downstream accuracy if each image got the mean state instead of its own: is it made use of?
+    top1           of the non-emotional, the emotionally-influenced and the regulated response
+    balance        its mean and sd over the images: does it move?
+
+All on validation parts, so that the test parts stay unseen. Prints one JSON line.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .answers import Answers, answer
+from .checkpoint import CheckpointError
+from .data import DataError, ImageSet, load_stimuli, load_target
+from .experience import find_experience
+from .metrics import EmotionEvaluator, RatingEvaluator
+from .trained import Trained, trained_model
+from .weights import WeightError
+
+__all__ = ['affect_quality', 'diagnose', 'main', 'with_constant_state']
+
+
+class _Constant(nn.Module):
+    """One affective state for every image: (B, K) to (B, K)."""
+
+    def __init__(self, state: Tensor):
+        super().__init__()
+        self.register_buffer('value', state)
+
+    def forward(self, affect: Tensor) -> Tensor:
+        return self.value.to(affect).expand_as(affect)
+
+
+def with_constant_state(trained: Trained, images: ImageSet, state: Tensor, device: torch.device | str) -> Answers:
+    """What the model answers if the affective state of every image is `state`, (K,)."""
+    own = trained.model.state
+    trained.model.state = _Constant(state)
+    try:
+        return answer(trained, images, device)[0]
+    finally:
+        trained.model.state = own
+
+
+def affect_quality(trained: Trained, stimuli: ImageSet, device: torch.device | str) -> dict[str, float]:
+    """The metrics of stage 1 for the affect response to some stimuli.
+
+    Raises:
+        DataError: If the response does not have the outputs that the stimuli ask for.
+    """
+    if stimuli.target.names != trained.affect_names:
+        raise DataError(f'the stimuli ask for {", ".join(stimuli.target.names)}, the affect response of '
+                        f'{trained.source} gives {", ".join(trained.affect_names)}. Give the --stimuli of its stage 1.')
+    if stimuli.target.kind == 'ratings':
+        evaluator = RatingEvaluator(names=stimuli.target.names)
+    else:
+        evaluator = EmotionEvaluator(num_classes=len(stimuli.target))
+    evaluator.update(answer(trained, stimuli, device)[0].affect, stimuli.targets)
+    return {name: round(float(value), 4) for name, value in evaluator.compute().items()}
+
+
+def _top1(response: Tensor, target: Tensor) -> float:
+    return round(100 * (response.argmax(dim=1) == target).double().mean().item(), 2)
+
+
+def diagnose(trained: Trained, before: dict[str, Tensor], stimuli: ImageSet, images: ImageSet,
+             device: torch.device | str = 'cpu') -> dict[str, Any]:
+    """The numbers of one model, which has the affect response of `before` afterwards.
+
+    Args:
+        trained: A model of stage 2.
+        before: Weights of its stage 1.
+        stimuli: Stimuli to judge the affect response by.
+        images: Downstream images.
+        device: Where to compute.
+
+    Raises:
+        DataError: If the stimuli are not those of the affect response, or the images not those of the heads.
+        ValueError: If `before` is of another architecture.
+    """
+    model = trained.model
+    if len(images.target) != model.num_classes:
+        raise DataError(f'the images have {len(images.target)} classes, {trained.source} answers with '
+                        f'{model.num_classes}. Give the --dataset of its stage 2.')
+    after = affect_quality(trained, stimuli, device)
+    own, _ = answer(trained, images, device)
+    constant = with_constant_state(trained, images, own.state.mean(dim=0), device)
+    model.load_experience(before)
+    then, _ = answer(trained, images, device)
+    target = images.targets
+    return {
+        'model': trained.source, 'stimuli': len(stimuli), 'images': len(images),
+        'affect': {'before': affect_quality(trained, stimuli, device), 'after': after},
+        'state': {'moved': round((own.state - then.state).abs().mean().item(), 4),
+                  'sd_before': round(then.state.std(dim=0).mean().item(), 4),
+                  'sd_after': round(own.state.std(dim=0).mean().item(), 4)},
+        'constant_state': {'top1': _top1(constant.regulated, target),
+                           'changed': int((constant.regulated.argmax(1) != own.regulated.argmax(1)).sum())},
+        'top1': {'non_emotional': _top1(own.non_emotional, target), 'emotional': _top1(own.emotional, target),
+                 'regulated': _top1(own.regulated, target)},
+        'balance': {'mean': round(own.balance.mean().item(), 4),
+                    'sd': round(own.balance.std(correction=0).item(), 4)}}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; 0 if the line is printed, 2 if something given cannot be used."""
+    parser = argparse.ArgumentParser(prog='python -m timm_emoreg.diagnose', description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('run', help='folder of a run of train.py with --task emoreg, or one of its checkpoints')
+    parser.add_argument('--stimuli', required=True, help='of its stage 1: emoji, ferplus, oasis, nemo or a folder')
+    parser.add_argument('--stimuli-labels', help='which labels of them, the default ones if not given')
+    parser.add_argument('--dataset', required=True, help='of its stage 2: cifar10, cifar100, emoji, or a folder')
+    parser.add_argument('--experience', metavar='PATH-or-tag', required=True, help='its stage 1')
+    parser.add_argument('--data-dir', help='data sets (default: $EMOREG_DATA)')
+    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    args = parser.parse_args(argv)
+    try:
+        experience = find_experience(args.experience)
+        trained = trained_model(args.run, args.experience, args.data_dir)
+        stimuli = load_stimuli(args.stimuli, args.data_dir, args.stimuli_labels).validation
+        images = load_target(args.dataset, args.data_dir).validation
+        print(json.dumps(diagnose(trained, experience.state_dict, stimuli, images, args.device)))
+    except (DataError, CheckpointError, WeightError, ValueError, OSError) as e:
+        print(f'diagnose: {e}', file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
