@@ -109,7 +109,7 @@ def parse_args() -> argparse.Namespace:
     group.add_argument('--img-size', type=int, help='default: 32, and 224 for a folder or csv')
     group.add_argument('--start-img-size', type=int, metavar='N',
                        help='progressive resizing: training images grow from N px to --img-size over 2/3 of the epochs')
-    group.add_argument('-b', '--batch-size', type=int, help='default: 128, for fewer than 10,000 images 32')
+    group.add_argument('-b', '--batch-size', type=int, help='default: 128, for fewer than 10,000 images 64')
     group.add_argument('--loader', default='auto', choices=('auto', 'resident', 'timm'))
     group.add_argument('--workers', type=int, default=2, help="of timm's loader")
     group.add_argument('--no-aug', action='store_true', help='no augmentation at all')
@@ -120,14 +120,14 @@ def parse_args() -> argparse.Namespace:
     group.add_argument('--smoothing', type=float, default=0.1, help='label smoothing')
 
     group = parser.add_argument_group('recipe')
-    group.add_argument('--epochs', type=int, default=10)
+    group.add_argument('--epochs', type=int, default=8)
     group.add_argument('--val-interval', type=int, default=1, help='epochs between validations; the last has one')
     group.add_argument('--opt', help='any of timm (default: adamw for stage 1 and for ViT, else muon)')
     group.add_argument('--opt-kwargs', nargs='*', default={}, action=ParseKwargs,
                        help='for --opt, name=value; for muon the default is '
                             + ' '.join(f'{k}={v}' for k, v in MUON.items()))
     group.add_argument('--lr', type=float,
-                       help='default, for 128 images an update: 0.1 for sgd, 0.01 for muon, else 0.001')
+                       help='default: 0.02 for muon; for 128 images an update, 0.1 for sgd, else 0.001')
     group.add_argument('--momentum', type=float, default=0.9)
     group.add_argument('--weight-decay', type=float, help='default: 5e-4 for sgd, 0.01 for muon, else 0.05')
     group.add_argument('--layer-decay', type=float)
@@ -381,7 +381,7 @@ def run_stage(args, task_name: str, splits, device, experience: Experience | Non
         task.prepare_distributed(device_ids=[device] if device.type == 'cuda' else None)
 
     # data
-    size, whole_batch = (args.img_size, args.img_size), args.batch_size or (128 if len(splits.train) >= 10_000 else 32)
+    size, whole_batch = (args.img_size, args.img_size), args.batch_size or (128 if len(splits.train) >= 10_000 else 64)
     batch_size = max(whole_batch // (args.world_size * args.grad_accum_steps), 1)
     if task_name == 'affect' and splits.target.kind == 'ratings' and batch_size < 2:
         raise DataError(f'1 - CCC needs 2 images or more a step, --batch-size {whole_batch} gives {batch_size} a '
@@ -398,8 +398,9 @@ def run_stage(args, task_name: str, splits, device, experience: Experience | Non
     epochs = args.affect_epochs or args.epochs if task_name == 'affect' else args.epochs
     # Short runs hardly start under SGD at the rates that suit long ones; AdamW and Muon learn at once.
     opt = args.opt or ('adamw' if task_name == 'affect' or 'vit' in args.backbone else 'muon')
-    usual_lr, usual_decay = {'sgd': (0.1, 5e-4), 'momentum': (0.1, 5e-4), 'muon': (0.01, 0.01)}.get(opt, (1e-3, 0.05))
-    lr = args.lr or usual_lr * whole_batch / 128
+    usual_lr, usual_decay = {'sgd': (0.1, 5e-4), 'momentum': (0.1, 5e-4), 'muon': (0.02, 0.01)}.get(opt, (1e-3, 0.05))
+    # The length of Muon's updates does not depend on the gradient, nor its best rate much on the batch.
+    lr = args.lr or usual_lr * (1 if opt == 'muon' else whole_batch / 128)
     weight_decay = usual_decay if args.weight_decay is None else args.weight_decay
     opt_kwargs = args.opt_kwargs or (MUON if opt == 'muon' else {})
     updates = len(train_loader) // args.grad_accum_steps

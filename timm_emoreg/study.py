@@ -16,7 +16,7 @@ The arms; S stands for stage 1 on the stimuli, whose result is shared by the arm
     unlabelled   S predicts rotations, then the dual head
 Each takes options after a colon, with commas between: learned, gate, loss, separate, no-modulation for the arms with
 the dual head; shuffled, content, unlabelled for init; and name=value, a flag of train.py, for all. For example
-regulated:learned, regulated:balance=0.25, init:shuffled, plain:lr=0.05.
+regulated:learned, regulated:keep-affect=1, init:shuffled, plain:lr=0.05.
 """
 from __future__ import annotations
 
