@@ -125,6 +125,18 @@ def test_bad_and_missing_embedded_file(make_record, tmp_path, monkeypatch):
         find_file(record, LAYOUT)
 
 
+def test_waiting_weight_comes_from_a_checkout(make_record, tmp_path, monkeypatch):
+    monkeypatch.setattr(zoo, 'ASSETS', tmp_path / 'timm_emoreg/assets')
+    record = make_record(GOOD)
+    assert record.waiting_path == tmp_path / 'hub_cards' / record.name / 'model.safetensors'
+    record.waiting_path.parent.mkdir(parents=True)
+    record.waiting_path.write_bytes(GOOD)
+    assert find_file(record, LAYOUT) == record.waiting_path
+    record.waiting_path.write_bytes(GOOD[:-1] + b'x')
+    with pytest.raises(WeightDamaged, match=r'in hub_cards .*sha256.*Restore the checkout'):
+        find_file(record, LAYOUT)
+
+
 def test_waiting_weight_names_what_there_is(make_record):
     with pytest.raises(WeightNotFound, match=r'EMOREG_WEIGHTS \(unset\), and it waits for publication.*embedded'):
         find_file(make_record(GOOD), LAYOUT)

@@ -291,7 +291,8 @@ def _from_hub(weight: Weight, layout: dict[str, tuple[int, ...]], cache_dir: str
 
 
 def find_file(weight: Weight, layout: dict[str, tuple[int, ...]], cache_dir: str | Path | None = None) -> Path:
-    """The checked file of a weight: from ``$EMOREG_WEIGHTS``, the package, the Hub's cache or the Hub.
+    """The checked file of a weight: from ``$EMOREG_WEIGHTS``, the package, the Hub's cache or the Hub; while it
+    waits for publication, from ``hub_cards`` of a checkout.
 
     Args:
         weight: The record.
@@ -320,6 +321,11 @@ def find_file(weight: Weight, layout: dict[str, tuple[int, ...]], cache_dir: str
             raise WeightDamaged(f'{e} Reinstall timm_emoreg.') from None
     if weight.hub_commit is not None:
         return _from_hub(weight, layout, cache_dir)
+    if weight.waiting_path.exists():
+        try:
+            return check_file(weight.waiting_path, weight, layout, 'in hub_cards')
+        except WeightDamaged as e:
+            raise WeightDamaged(f'{e} Restore the checkout of the project.') from None
     looked = f'it is not in ${FOLDER_VARIABLE} ({folder or "unset"})'
     if weight.embedded:
         raise WeightNotFound(f'{weight.name}: {looked}, and missing in the package ({weight.embedded_path}). '

@@ -129,6 +129,11 @@ class Weight:
         """Where the file is in the package, if it is embedded."""
         return Path(str(ASSETS / 'weights' / self.file))
 
+    @property
+    def waiting_path(self) -> Path:
+        """Where the file is in a checkout of the project, while it waits for publication."""
+        return Path(str(ASSETS)).parents[1] / 'hub_cards' / self.name / HUB_FILE
+
     def cfg(self) -> dict[str, Any]:
         """What a pretrained cfg of timm says about this weight, beside the preprocessing of its backbone."""
         cfg = {'num_classes': self.num_classes, 'input_size': self.input_size, 'pool_size': None, 'crop_pct': 1.0,
