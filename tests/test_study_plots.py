@@ -40,6 +40,13 @@ def test_the_forest_shows_each_difference_with_its_interval(folder, figures):
     assert emoji.get_ylim()[0] > emoji.get_ylim()[1]  # the first arm on top
 
 
+def test_the_heading_fits_above_one_panel(folder, figures):
+    draw_forest(folder, read_settings(folder)[:1], folder / 'forest.png')
+    heading = figures[0].texts[0].get_window_extent()
+    assert heading.x0 >= 0
+    assert heading.x1 <= figures[0].bbox.width
+
+
 @pytest.mark.parametrize(('longest', 'scale'), [(6, 'linear'), (40, 'log')])
 def test_learning_curves_are_means_over_seeds(tmp_path, figures, longest, scale):
     for arm, epochs in (('plain', 4), ('plain+', longest), ('regulated', 4), ('regulated:learned', 4)):

@@ -83,7 +83,7 @@ def draw_forest(folder: Path, settings: Sequence[Setting], picture: Path) -> Non
     low, high = min(axis.get_xlim()[0] for axis in axes), max(axis.get_xlim()[1] for axis in axes)
     for axis in axes:
         axis.set_xlim(low, high)
-    figure.suptitle('Paired differences with 95 % interval (number of seeds); small dots: seeds, hollow: one seed',
+    figure.suptitle('Paired differences with 95 % interval (number of seeds);\nsmall dots: seeds, hollow: one seed',
                     fontsize=10)
     _save(figure, picture)
 
