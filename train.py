@@ -58,6 +58,7 @@ from timm_emoreg.experience import (
     released_experience,
     untrained_experience,
 )
+from timm_emoreg.optim import scale_affect_lr
 from timm_emoreg.precision import autocast_or_not
 from timm_emoreg.processes import LaunchError, asked_to_stop, join_processes, lost_another, mean_over_processes
 from timm_emoreg.regulation import check_regulation
@@ -100,6 +101,8 @@ def parse_args() -> argparse.Namespace:
     group.add_argument('--modulation', action=yes_no, default=True, help='affective state modulates the features')
     group.add_argument('--keep-affect', type=float, default=0.0, metavar='WEIGHT',
                        help="of a loss that keeps the affect response close to stage 1's")
+    group.add_argument('--affect-lr-scale', type=float, default=1.0, metavar='FACTOR',
+                       help='learning rate of affect response, modulation and balance in stage 2, over --lr')
     group.add_argument('--separate-experience', action='store_true', help='a second, frozen, affective backbone')
 
     group = parser.add_argument_group('data')
@@ -180,6 +183,8 @@ def parse_args() -> argparse.Namespace:
         parser.error("--experience is stage 1's result and --stimuli runs stage 1: give one of them.")
     if args.experience and args.task == 'affect':
         parser.error('--task affect makes an experience and takes none: leave --experience out.')
+    if not args.affect_lr_scale >= 0:
+        parser.error(f'--affect-lr-scale {args.affect_lr_scale}: expected 0 (they stay as they are) or more.')
     if args.val_interval < 1:
         parser.error(f'--val-interval {args.val_interval}: expected 1 or more.')
     if args.opt_kwargs and not args.opt:
@@ -406,6 +411,8 @@ def run_stage(args, task_name: str, splits, device, experience: Experience | Non
     updates = len(train_loader) // args.grad_accum_steps
     optimizer = create_optimizer_v2(model, opt=opt, lr=lr, weight_decay=weight_decay, momentum=args.momentum,
                                     layer_decay=args.layer_decay, **opt_kwargs)
+    if task_name == 'emoreg' and args.affect_lr_scale != 1:
+        scale_affect_lr(optimizer, unwrap_model(model), args.affect_lr_scale)
     scheduler, _ = create_scheduler_v2(
         optimizer, args.sched, num_epochs=epochs, warmup_epochs=min(args.warmup_epochs, epochs / 4),
         warmup_lr=args.warmup_lr * lr, min_lr=args.min_lr * lr, step_on_epochs=False, updates_per_epoch=updates)

@@ -90,7 +90,7 @@ def test_stage_2_starts_from_the_weights_of_stage_1(run, tmp_path, folder, train
 
 @pytest.mark.parametrize('flags', [
     ('--balance', 'learned', '--opt', 'adamw', '--layer-decay', '0.7'),
-    ('--balance', 'gate', '--cutmix', '1', '--mixup', '0.5', '--clip-grad', '1'),
+    ('--balance', 'gate', '--affect-lr-scale', '0.1', '--cutmix', '1', '--mixup', '0.5', '--clip-grad', '1'),
     ('--balance', '0.3', '--balanced-in', 'loss', '--keep-affect', '0.5', '--model-ema', '--grad-accum-steps', '2'),
     ('--separate-experience', '--opt', 'muon', '--opt-kwargs', 'ns_steps=3', 'nesterov=True', '--hflip', 'alternate',
      '--cutout', '8', '--start-img-size', '16'),
@@ -185,6 +185,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(run, tmp_path, folder):
     (('--balance', 'gate', '--balanced-in', 'loss'), "balance='gate' cannot be balanced in the loss"),
     (('--keep-affect', '-1'), 'keep_affect=-1.0 is no weight of a loss'),
     (('--keep-affect', '1', '--separate-experience'), 'keep_affect=1.0 has nothing to keep'),
+    (('--affect-lr-scale', '-1'), '--affect-lr-scale -1.0: expected 0 (they stay as they are) or more'),
     (('--opt', 'sdg'), '--opt sdg, --opt-kwargs {}: '),
     (('--opt', 'muon', '--opt-kwargs', 'steps=3'), "--opt-kwargs {'steps': 3}: "),
     (('--opt-kwargs', 'ns_steps=3'), "--opt-kwargs {'ns_steps': 3}: belong to one optimizer. Give --opt, too"),
