@@ -65,7 +65,7 @@ summary += [f'{epoch},{top1 * (1 - 0.7 * 0.8 ** (epoch + 1)) + rng.gauss(0, 0.4)
 for name in ('last', 'model_best'):
     (out / f'{name}.pth.tar').touch()
 (out / 'result.json').write_text(json.dumps({
-    'task': args.task, 'model': args.model, 'train_images': args.train_images or 2000, 'seed': args.seed,
+    'task': args.task, 'model': args.model, 'train_images': args.train_images or 1278, 'seed': args.seed,
     'epochs': args.epochs, 'best_epoch': args.epochs, 'metric': metric, 'validation': top1 + 1, 'test': {metric: top1},
     'balance': 0.5 if args.task == 'emoreg' else None, 'experience': args.experience, 'precision': 'float32',
     'seconds': 2.0 * args.epochs, 'device': f'CPU, {os.environ["OMP_NUM_THREADS"]} threads'}))

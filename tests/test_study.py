@@ -1,6 +1,7 @@
 """The command of the study; tests/fake_train.py stands for train.py, and the last test uses the real one."""
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from timm_emoreg import study
+from timm_emoreg import study, study_grid
 from timm_emoreg.study import Study, hold, main
 from timm_emoreg.study_grid import StudyError, read_rows
 
@@ -193,7 +194,7 @@ def test_jobs_get_their_devices_in_turn(run, tmp_path):
     assert sorted(devices) == ['cuda:0', 'cuda:0', 'cuda:1', 'cuda:1']
 
 
-def test_time_left_is_that_of_like_runs(run, tmp_path):
+def test_time_left_is_that_of_like_runs(run, tmp_path, monkeypatch):
     assert run('--arms', 'plain', 'init', '--seeds', 0)[0] == 0
     parts = Study(tmp_path / 's', FAKE, jobs=2)
     rows = {row['key']: row for rows in parts.rows.values() for row in rows}
@@ -204,6 +205,8 @@ def test_time_left_is_that_of_like_runs(run, tmp_path):
     plain, first, init, random = study.plan(args)[0]
     assert parts.seconds_left([plain]) == 15  # 30 s a run, two at a time
     assert parts.seconds_left([first]) == 2 * 2 / 2
+    monkeypatch.setattr(study_grid, 'stimuli_images', lambda name, data_dir: {'emoji': 1278, 'oasis': 639}[name])
+    assert parts.seconds_left([dataclasses.replace(first, stimuli='oasis')]) == 2 * 2 / 2 / 2  # half the images
     assert parts.seconds_left([init]) == 3
     assert parts.seconds_left([random]) == pytest.approx(3 * (10 + 2) / 2 / 2)  # the median of the target's
     assert parts.seconds_left([init], [(plain, 20.0), (init, 100.0)]) == 3 + 5

@@ -42,7 +42,7 @@ import timm_emoreg
 
 from .data import STIMULI, TARGETS, DataError
 from .data.choices import unknown_choice
-from .study_grid import ARMS, COLUMNS, RESERVED, Run, StudyError, plan, read_rows, write_rows
+from .study_grid import ARMS, COLUMNS, RESERVED, Run, StudyError, images_seen, plan, read_rows, write_rows
 from .study_plots import draw_forest, draw_learning_curves
 from .study_table import read_settings, write_table
 
@@ -178,23 +178,24 @@ class Study:
                                     pass_fds=(lock,), start_new_session=True)
 
     def seconds_left(self, waiting: Iterable[Run], running: Iterable[tuple[Run, float]] = ()) -> float | None:
-        """Estimate from the seconds an epoch of the finished runs that are most alike; None before the first one."""
+        """Estimate from the seconds an image of the finished runs that are most alike; None before the first one."""
         pace = defaultdict(list)
 
         def kinds(model, arm, stimuli, target, images):
             first = arm.startswith('affect')
-            return (model, arm, stimuli, target, images), (model, first, target, images), (model, first), ()
+            return ((model, arm, stimuli, target, images), (model, first, stimuli if first else target, images),
+                    (model, first), ())
 
         for rows in self.rows.values():
             for row in rows:
                 for kind in kinds(*(row[k] for k in ('model', 'arm', 'stimuli', 'target', 'train_images'))):
-                    pace[kind].append(float(row['seconds']) / int(row['epochs']))
+                    pace[kind].append(float(row['seconds']) / (int(row['epochs']) * int(row['images'])))
         if not pace:
             return None
 
         def estimate(run):
             kind = next(k for k in kinds(run.model, run.arm, run.stimuli, run.target, run.train_images) if k in pace)
-            return statistics.median(pace[kind]) * run.epochs
+            return statistics.median(pace[kind]) * run.epochs * images_seen(run, self.data_dir)
 
         total = sum(estimate(run) for run in waiting) + sum(max(estimate(r) - passed, 0) for r, passed in running)
         return total / self.jobs

@@ -12,7 +12,8 @@ from pathlib import Path
 from .data import load_stimuli, load_target
 from .data.choices import unknown_choice
 
-__all__ = ['ARMS', 'COLUMNS', 'RESERVED', 'Arm', 'Run', 'StudyError', 'parse_arm', 'plan', 'read_rows', 'write_rows']
+__all__ = ['ARMS', 'COLUMNS', 'RESERVED', 'Arm', 'Run', 'StudyError', 'images_seen', 'parse_arm', 'plan', 'read_rows',
+           'write_rows']
 
 
 class StudyError(ValueError):
@@ -137,6 +138,13 @@ def stimuli_images(name: str, data_dir: str | None) -> int:
 def target_images(name: str, data_dir: str | None) -> int:
     """Number of training images of the whole classification."""
     return len(load_target(name, data_dir).train)
+
+
+def images_seen(run: Run, data_dir: str | None) -> int:
+    """Number of images that an epoch of a run sees."""
+    if run.task == 'affect':
+        return stimuli_images(run.stimuli, data_dir)
+    return target_images(run.target, data_dir) if run.train_images == 'all' else int(run.train_images)
 
 
 def _name(*parts: object) -> str:

@@ -192,19 +192,22 @@ class ResidentLoader(EpochLoader):
             done += len(chunk)
 
     def _crop(self, index: Tensor, crop: Tensor, flip: Tensor) -> Tensor:
-        """Each image's window, mirrored where `flip`: uint8 (B, H, W, 3), gathered pixel by pixel in one operation."""
-        _, height, width, _ = self.pixels.shape
-        column = torch.arange(self.size[1], device=self.device)
-        column = crop[:, 1:] + torch.where(flip[:, None], column.flip(0), column)
-        row = index[:, None] * height + crop[:, :1] + torch.arange(self.size[0], device=self.device)
-        at = (row * width)[:, :, None] + column[:, None, :]
-        return self.pixels.view(-1, 3).index_select(0, at.flatten()).view(len(index), *self.size, 3)
+        """Each image's window, mirrored where `flip`: uint8 (B, H, W, 3)."""
+        count, height, width, _ = self.pixels.shape
+        # all runs of pixels as long as a window is wide, overlapping, without a copy: one is taken for each row
+        runs = self.pixels.as_strided((count * height * width - self.size[1] + 1, 3 * self.size[1]), (3, 1))
+        row = (index * height + crop[:, 0])[:, None] + torch.arange(self.size[0], device=self.device)
+        windows = runs.index_select(0, (row * width + crop[:, 1:]).flatten()).view(-1, *self.size, 3)
+        if self.flip == 'none':
+            return windows
+        # mirroring all and choosing is faster than mirroring some, and a GPU need not wait to learn which
+        at = torch.arange(len(index), device=self.device) + len(index) * flip
+        return torch.cat([windows, windows.flip(2)]).index_select(0, at)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         if not self.training:
-            order = torch.arange(self.num_images, device=self.device)
             for part in self._slices():
-                yield self._finish(self.pixels[order[part]]), self.targets[order[part]]
+                yield self._finish(self.pixels[part]), self.targets[part]
             return
         drawn = {name: value.to(self.device) for name, value in self._draw(self.crop_padding).items()}
         for part in self._slices():
