@@ -76,7 +76,7 @@ class _RotatedSet(ImageSet):
 
     def pixels(self, size: tuple[int, int]) -> torch.Tensor:
         # resized first: otherwise the stretch of an oblong picture would tell its rotation
-        pixels = ImageSet(self.images, self.targets, self.target).pixels(size)
+        pixels = ImageSet(self.images, self.targets, self.target).pixels(size).contiguous()  # the images stay unturned
         if size[0] != size[1]:
             raise DataError(f'Rotated pictures must be square, got {size[0]}x{size[1]}. Use a square size.')
         for turn in range(1, 4):

@@ -146,7 +146,8 @@ class ResidentLoader(EpochLoader):
     """Batches of normalised images and their targets, without workers and without a copy to the device.
 
     In training each image is cropped at random from its reflect-padded self. The set is kept as uint8, padding
-    included (see `resident_bytes`); while it is built it is once more in the memory of the host, without padding.
+    included (see `resident_bytes`); what is read from files is once more in the memory of the host, without padding,
+    while the set is built.
 
     Args:
         crop_padding: Pixels of reflection around each image for random crops, 0 for no crops.
@@ -181,15 +182,14 @@ class ResidentLoader(EpochLoader):
         self.crop_padding = p = crop_padding if training else 0
         self.targets = images.targets.to(self.device)
         height, width = (length + 2 * p for length in self.size)
-        # indices of a reflected axis: 2 1 | 0 1 2 3 | 2 1 for four pixels and a padding of two
-        rows, columns = (
-            (torch.arange(-p, length + p).abs() - (length - 1)).abs().neg() + length - 1 for length in self.size)
         self.pixels = torch.empty(len(images), height, width, 3, dtype=torch.uint8, device=self.device)
-        done = 0
-        for chunk in images.pixels(self.size).split(4096):
-            chunk = chunk.permute(0, 2, 3, 1).contiguous().index_select(1, rows).index_select(2, columns)
-            self.pixels[done:done + len(chunk)] = chunk
-            done += len(chunk)
+        self.pixels[:, p:height - p, p:width - p] = images.pixels(self.size).permute(0, 2, 3, 1)
+        # reflection, 2 1 | 0 1 2 3 | 2 1 for four pixels and a padding of two: first the rows, then whole columns
+        mirrored = [pair for i in range(p) for pair in ((i, 2 * p - i), (-1 - i, -1 - 2 * p + i))]
+        for edge, inside in mirrored:
+            self.pixels[:, edge, p:width - p] = self.pixels[:, inside, p:width - p]
+        for edge, inside in mirrored:
+            self.pixels[:, :, edge] = self.pixels[:, :, inside]
 
     def _crop(self, index: Tensor, crop: Tensor, flip: Tensor) -> Tensor:
         """Each image's window, mirrored where `flip`: uint8 (B, H, W, 3)."""

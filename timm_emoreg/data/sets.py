@@ -126,9 +126,12 @@ class ImageSet(Dataset):
         return ImageSet(images, self.targets[indices], self.target)
 
     def pixels(self, size: tuple[int, int]) -> torch.Tensor:
-        """Every image resized to `size` (H, W), bicubic with antialiasing: uint8, shape (N, 3, H, W)."""
+        """Every image resized to `size` (H, W), bicubic with antialiasing: uint8, shape (N, 3, H, W).
+
+        Images that have that size already are not copied: the tensor is then a view of them, and only to be read.
+        """
         if isinstance(self.images, np.ndarray) and self.images.shape[1:] == (*size, 3):
-            return torch.from_numpy(self.images).permute(0, 3, 1, 2).contiguous()
+            return torch.from_numpy(self.images).permute(0, 3, 1, 2)
         out = torch.empty(len(self), 3, *size, dtype=torch.uint8)
         for i in range(len(self)):
             image = self.picture(i)
