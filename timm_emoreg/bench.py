@@ -1,4 +1,4 @@
-"""Speed beside timm's: ``python -m timm_emoreg.bench [step loader train import compile]`` prints a table of ratios."""
+"""Speed beside timm's: ``python -m timm_emoreg.bench [step loader train startup import compile]`` prints ratios."""
 from __future__ import annotations
 
 import argparse
@@ -234,27 +234,43 @@ def loader(args: argparse.Namespace) -> Iterator[Figure]:
                      compare(fed, alone, args.rounds), 'at most 1.03')
 
 
-# -- train, import, compile: in processes of their own -----------------------------------------------------------------
+# -- train, startup, import, compile: in processes of their own --------------------------------------------------------
 
 
-def output(command: list[str], **environment: str) -> list[tuple[float, str]]:
+def output(command: list[str], until: str | None = None, **environment: str) -> list[tuple[float, str]]:
     """The lines that a command prints, each with the seconds since its start.
 
+    Args:
+        command: The program and its arguments.
+        until: A regular expression; the command is killed once it has printed a line that begins so.
+        environment: Variables on top of those of this process.
+
     Raises:
-        Skipped: If the command fails, with its last line.
+        Skipped: If the command fails, with its last line, or never prints the line that is waited for.
     """
-    start, lines = time.perf_counter(), []
+    start, lines, found = time.perf_counter(), [], False
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                           env=os.environ | environment) as process:
         for line in process.stdout:
             lines.append((time.perf_counter() - start, line.rstrip()))
-    if process.returncode:
-        raise Skipped(f'{command[1]} ended with status {process.returncode}: {lines[-1][1] if lines else "no output"}')
+            if until is not None and re.match(until, line):
+                found = True
+                process.kill()
+                break
+    last = lines[-1][1] if lines else 'no output'
+    if process.returncode and not found:
+        raise Skipped(f'{command[1]} ended with status {process.returncode}: {last}')
+    if until is not None and not found:
+        raise Skipped(f'{command[1]} printed no line {until!r}, its last one was: {last}')
     return lines
 
 
-def train(args: argparse.Namespace) -> Iterator[Figure]:
-    """train.py beside timm's: resnet18 with its stock stem on CIFAR-10 at 32 px, the same recipe, three epochs."""
+def both_scripts(args: argparse.Namespace, folder: Path) -> tuple[list[str], list[str]]:
+    """The commands of our train.py and timm's: resnet18 with its stock stem on CIFAR-10 at 32 px, the same recipe.
+
+    Raises:
+        Skipped: If a script or the data is not there.
+    """
     data = Path(args.data_dir or default_data_dir())
     if not TRAIN.is_file():
         raise Skipped(f'{TRAIN} is not there; run it in a checkout of the project')
@@ -263,36 +279,51 @@ def train(args: argparse.Namespace) -> Iterator[Figure]:
     if args.timm_train is None:
         raise Skipped("timm's own train.py is in no package; name your copy with --timm-train")
     recipe = ['--data-dir', str(data), '-b', '128', '--epochs', '3', '--opt', 'sgd', '--lr', '0.1', '--momentum', '0.9',
-              '--weight-decay', '5e-4', '--warmup-epochs', '0', '--seed', '0', '--device', args.device.type]
+              '--weight-decay', '5e-4', '--warmup-epochs', '0', '--seed', '0', '--device', args.device.type,
+              '--output', str(folder)]
     amp, timm_amp = ('--no-amp',), ()
     if args.precision != 'float32':
         amp, timm_amp = ('--amp',), ('--amp', '--amp-dtype', args.precision)
+    ours = [sys.executable, str(TRAIN), '--task', 'plain', '--model', 'resnet18', '--no-small-image', '--dataset',
+            'cifar10', *amp, *recipe]
+    no_jitter = folder / 'no_jitter.yaml'  # a flag can only make it 0, which still costs its time
+    no_jitter.write_text('color_jitter: null')
+    theirs = [sys.executable, str(args.timm_train), '-c', str(no_jitter), '--model', 'resnet18', '--num-classes', '10',
+              '--input-size', '3', '32', '32', '--dataset', 'torch/cifar10', '--channels-last', '--scale', '0.5', '1.0',
+              '--workers', str(os.cpu_count()), *timm_amp, *recipe]
+    return ours, theirs
+
+
+def train(args: argparse.Namespace) -> Iterator[Figure]:
+    """train.py beside timm's, three epochs each; the first one, with what it sets up, is not counted."""
     sides = []
     with tempfile.TemporaryDirectory() as folder:
-        ours = [sys.executable, str(TRAIN), '--task', 'plain', '--model', 'resnet18', '--no-small-image',
-                '--dataset', 'cifar10', *amp, *recipe, '--output', folder]
-        no_jitter = Path(folder) / 'no_jitter.yaml'  # a flag can only make it 0, which still costs its time
-        no_jitter.write_text('color_jitter: null')
-        theirs = [sys.executable, str(args.timm_train), '-c', str(no_jitter), '--model', 'resnet18', '--num-classes',
-                  '10', '--input-size', '3', '32', '32', '--dataset', 'torch/cifar10', '--channels-last', '--scale',
-                  '0.5', '1.0', '--workers', str(os.cpu_count()), *timm_amp, *recipe, '--output', folder]
+        ours, theirs = both_scripts(args, Path(folder))
         # an epoch trains and evaluates all of the published images, of which train.py keeps 10,000 for the end
         for number in range(args.runs):
-            for command, first, end, images in (
-                    (ours, r'plain: ', r'epoch \d/3:', 50_000),
-                    (theirs, r'Train: 0 \[.* Time: ([\d.]+)s', 'Current checkpoints', 60_000)):
+            for command, end, images in ((ours, r'epoch \d/3:', 50_000), (theirs, 'Current checkpoints', 60_000)):
                 lines = output([*command, '--experiment', f'{number}-{images}'])
-                begun = [(seconds, match) for seconds, line in lines if (match := re.match(first, line))]
                 ends = [seconds for seconds, line in lines if re.match(end, line)]
-                if not begun or len(ends) != 3:
-                    raise Skipped(f'{command[1]} printed {len(begun)} lines {first!r} and {len(ends)} lines {end!r}')
-                seconds, match = begun[0]  # timm's line comes after the first batch, and tells what that took
-                sides.append((images / (ends[2] - ends[0]) * 2, seconds - sum(map(float, match.groups()))))
-    pairs = list(zip(sides[::2], sides[1::2], strict=True))
-    title = 'resnet18, stock stem, CIFAR-10, 32 px'
-    yield Figure(f'train.py, images trained on and evaluated: {title}', 'images/s', [(a[0], b[0]) for a, b in pairs],
+                if len(ends) != 3:
+                    raise Skipped(f'{command[1]} printed {len(ends)} lines {end!r}, expected 3')
+                sides.append(images / (ends[2] - ends[0]) * 2)
+    yield Figure('train.py, images trained on and evaluated: resnet18, stock stem, CIFAR-10, 32 px', 'images/s',
+                 list(zip(sides[::2], sides[1::2], strict=True)),
                  f'at least {3 if args.device.type == "cuda" else 1.5}')
-    yield Figure(f'train.py, start-up: {title}', 's', [(a[1], b[1]) for a, b in pairs])
+
+
+def startup(args: argparse.Namespace) -> Iterator[Figure]:
+    """Seconds from the start of train.py, and of timm's, to the first batch."""
+    sides = []
+    with tempfile.TemporaryDirectory() as folder:
+        ours, theirs = both_scripts(args, Path(folder))
+        for number in range(args.rounds + 1):
+            for command, first in ((ours, 'plain: '), (theirs, r'Train: 0 \[.* Time: ([\d.]+)s')):
+                seconds, line = output([*command, '--experiment', f'{number}-{first[0]}'], until=first)[-1]
+                # timm's line comes after the first batch, and tells what that took
+                sides.append(seconds - sum(map(float, re.match(first, line).groups())))
+    yield Figure('train.py, from its start to the first batch: resnet18, stock stem, CIFAR-10, 32 px', 's',
+                 list(zip(sides[::2], sides[1::2], strict=True))[1:], 'at most 1')  # the first ones fill the caches
 
 
 def import_(args: argparse.Namespace) -> Iterator[Figure]:
@@ -327,7 +358,7 @@ def compile_(args: argparse.Namespace) -> Iterator[Figure | str]:
 
 # -- the command -------------------------------------------------------------------------------------------------------
 
-BENCHES = {'step': step, 'loader': loader, 'train': train, 'import': import_, 'compile': compile_}
+BENCHES = {'step': step, 'loader': loader, 'train': train, 'startup': startup, 'import': import_, 'compile': compile_}
 
 
 def machine(device: torch.device) -> str:
@@ -344,8 +375,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu', choices=('cpu', 'cuda'))
     parser.add_argument('--rounds', type=int, default=25, help='of each pair, after one that is not counted')
     parser.add_argument('--quick', action='store_true', help='few rounds and images: does it run, not how fast')
-    parser.add_argument('--timm-train', type=Path, metavar='PATH', help="your copy of timm's train.py, for train")
-    parser.add_argument('--data-dir', metavar='DIR', help='holds CIFAR-10, for train (default: that of train.py)')
+    parser.add_argument('--timm-train', type=Path, metavar='PATH', help="your copy of timm's train.py")
+    parser.add_argument('--data-dir', metavar='DIR', help='holds CIFAR-10 (default: that of train.py)')
     parser.add_argument('--json', type=Path, metavar='OUT', help='also write every measurement to this file')
     args = parser.parse_args(argv)
     for name in args.names:
