@@ -714,14 +714,16 @@ def test_the_client_is_the_real_one():
     assert resource.RLIMIT_FSIZE
 
 
-@pytest.mark.parametrize('name', ['emoreg_resnet18.emoji', 'emoreg_vit_tiny.emoji'])
+@pytest.mark.parametrize('name', ['emoreg_resnet18.emoji', 'emoreg_resnet18.emoji_ft_cifar10', 'emoreg_vit_tiny.emoji'])
 def test_timm_scripts_hand_over_the_whole_cfg_and_get_the_weight_in_its_form(name):
     expected = timm.create_model(name, pretrained=True)
     model = timm.create_model(**timm.models.resolve_model_input_args(name), pretrained=True)
     assert model.state_dict().keys() == expected.state_dict().keys()
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), expected.state_dict().values(),
                                                  strict=True))
-    default = timm.create_model(**timm.models.resolve_model_input_args(name.split('.')[0]), pretrained=True)
+    architecture = name.split('.')[0]
+    default = timm.create_model(**timm.models.resolve_model_input_args(architecture), pretrained=True)
+    expected = timm.create_model(zoo.find(architecture).name, pretrained=True)
     assert torch.equal(default.head_affect.weight, expected.head_affect.weight)
 
 
