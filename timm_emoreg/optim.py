@@ -11,8 +11,9 @@ __all__ = ['scale_affect_lr']
 def scale_affect_lr(optimizer: Optimizer, model: EmoReg, scale: float) -> None:
     """Let affect response, modulation and balance learn at `scale` times the rate of everything else.
 
-    Muon gives each matrix an update of full length, however small its gradient is, so at its usual rate these small
-    matrices run to the ends of softmax or tanh within an epoch, and the affective state says nothing more.
+    Muon gives each matrix an update of full length, however small its gradient is. At its usual rate the valence of
+    every image was seen to reach the end of tanh after three epochs (``hub_cards/WALK.md``), where the affective state
+    tells nothing.
 
     Each group of the optimizer that holds some of them is split in two; the new one has timm's ``lr_scale``, by which
     timm's schedulers multiply the rate. Do it before the scheduler is created.
