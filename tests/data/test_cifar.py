@@ -79,6 +79,30 @@ def test_present_set_is_used_without_network(present, tmp_path, monkeypatch, nam
     assert load_cifar(name, tmp_path / 'data').validation.images.tobytes() == splits.validation.images.tobytes()
 
 
+def test_pictures_are_those_of_torchvision(publish, tmp_path, monkeypatch):
+    folder = publish('cifar100')
+    data = np.random.default_rng(0).integers(0, 256, (20, 3072), dtype=np.uint8)
+    for (file, _), part in zip((*datasets.CIFAR100.train_list, *datasets.CIFAR100.test_list),
+                               ('train_list', 'test_list'), strict=True):
+        (folder / file).write_bytes(pickle.dumps({'data': data, 'fine_labels': [0, 1] * 10}))
+        monkeypatch.setattr(datasets.CIFAR100, part, [[file, hashlib.md5((folder / file).read_bytes()).hexdigest()]])
+    theirs, ours = datasets.CIFAR100(folder.parent), load_cifar('cifar100', folder.parent)
+    assert np.array_equal(ours.test.images, theirs.data)
+    rows = np.array([12, 3, 4, 19, 0])
+    for block in (2, 5, 100):
+        assert np.array_equal(cifar._pixel_by_pixel(theirs.data, rows, block), theirs.data[rows])
+
+
+def test_each_file_is_checked_once(present, tmp_path, monkeypatch):
+    folder = present('cifar10')
+    checked = []
+    check = datasets.cifar.check_integrity
+    monkeypatch.setattr(datasets.cifar, 'check_integrity', lambda path, md5: checked.append(path) or check(path, md5))
+    load_cifar('cifar10', tmp_path / 'data')
+    batches = [str(path) for path in folder.iterdir() if 'batch_' in path.name or path.name == 'test_batch']
+    assert sorted(path for path in checked if 'meta' not in path) == sorted(batches)
+
+
 def test_default_folder_comes_from_the_environment(present, tmp_path, monkeypatch):
     present('cifar100')
     monkeypatch.setenv('EMOREG_DATA', str(tmp_path / 'data'))
@@ -199,12 +223,15 @@ def test_data_dir_that_is_a_file(tmp_path):
 
 def test_damaged_and_missing_files_are_named(present, tmp_path):
     folder = present('cifar10')
-    (folder / 'data_batch_3').write_bytes(b'')
-    with pytest.raises(DataError, match=r'data_batch_3: its md5 is not the published one\. Restore the file, or'):
-        load_cifar('cifar10', tmp_path / 'data')
-    (folder / 'data_batch_3').unlink()
-    with pytest.raises(DataError, match=r'data_batch_3: the file is missing\. Restore'):
-        load_cifar('cifar10', tmp_path / 'data')
+    for file in ('data_batch_3', 'test_batch'):
+        content = (folder / file).read_bytes()
+        (folder / file).write_bytes(b'')
+        with pytest.raises(DataError, match=rf'{file}: its md5 is not the published one\. Restore the file, or'):
+            load_cifar('cifar10', tmp_path / 'data')
+        (folder / file).unlink()
+        with pytest.raises(DataError, match=rf'{file}: the file is missing\. Restore'):
+            load_cifar('cifar10', tmp_path / 'data')
+        (folder / file).write_bytes(content)
     folder = present('cifar100')
     (folder / 'meta').write_bytes(b'x')
     with pytest.raises(DataError, match=r'cifar-100-python.meta: its md5 is not'):

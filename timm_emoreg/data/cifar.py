@@ -77,14 +77,24 @@ def _damaged(name: str, data_dir: Path) -> DataError:
     return DataError(f'{folder}: {name} cannot be read. Remove the folder and let it be downloaded again.')
 
 
-def _pixel_by_pixel(images: np.ndarray) -> np.ndarray:
-    """A copy of images (N, H, W, 3) in this order, which torchvision reads as planes of one channel.
+def _published(name: str, data_dir: Path, train: bool):
+    """torchvision's training or test set, which checks the md5 of the files it reads and not, as its own class does,
+    those of both sets each time."""
+    maker = _CLASSES[name]
+    return type(maker.__name__, (maker,), {'test_list' if train else 'train_list': []})(data_dir, train=train)
 
-    One channel after the other takes a sixth of the time of ``np.ascontiguousarray``.
+
+def _pixel_by_pixel(images: np.ndarray, rows: np.ndarray, block: int = 256) -> np.ndarray:
+    """The images (N, H, W, 3) of these rows in this order, which torchvision reads as planes of one channel.
+
+    One channel after the other, of as many images as a core's cache holds, takes a quarter of the time of
+    ``np.ascontiguousarray(images[rows])``.
     """
-    ordered = np.empty(images.shape, images.dtype)
-    for channel in range(images.shape[-1]):
-        ordered[..., channel] = images[..., channel]
+    ordered = np.empty((len(rows), *images.shape[1:]), images.dtype)
+    for start in range(0, len(rows), block):
+        some = images[rows[start:start + block]]
+        for channel in range(images.shape[-1]):
+            ordered[start:start + block, ..., channel] = some[..., channel]
     return ordered
 
 
@@ -110,13 +120,14 @@ def load_cifar(name: str, data_dir: str | Path | None = None) -> Splits:
     if not (data_dir / _CLASSES[name].base_folder).is_dir():
         _download(name, data_dir)
     try:
-        published, test = (_CLASSES[name](data_dir, train=train) for train in (True, False))
+        published, test = (_published(name, data_dir, train) for train in (True, False))
     except OSError as e:
         raise DataError(f'{e.filename}: {name} cannot be read ({e.strerror}). Make the file readable.') from None
     except RuntimeError:
         raise _damaged(name, data_dir) from None
     target = Target('class', tuple(published.classes))
-    whole, test = (ImageSet(_pixel_by_pixel(part.data), torch.tensor(part.targets), target)
-                   for part in (published, test))
-    train, validation = (whole.subset(part) for part in stratified_split(whole.targets.numpy(), _HELD_OUT, _SEED))
+    parts = [(published, rows) for rows in stratified_split(published.targets, _HELD_OUT, _SEED)]
+    train, validation, test = (
+        ImageSet(_pixel_by_pixel(part.data, rows), torch.tensor(part.targets)[torch.from_numpy(rows)], target)
+        for part, rows in (*parts, (test, np.arange(len(test)))))
     return Splits(name, train, validation, test, 'no licence stated by the makers; cite Krizhevsky 2009')
