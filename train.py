@@ -50,6 +50,7 @@ from timm_emoreg.data import STIMULI, DataError, load_stimuli, load_target
 from timm_emoreg.data.controls import fewer_images, predict_rotation, shuffle_labels
 from timm_emoreg.data.loader import make_loader
 from timm_emoreg.data.progressive import SMALLEST, ProgressiveLoader
+from timm_emoreg.data.rehearsal import RehearsalLoader
 from timm_emoreg.emoreg import create_backbone
 from timm_emoreg.experience import (
     Experience,
@@ -101,6 +102,8 @@ def parse_args() -> argparse.Namespace:
     group.add_argument('--modulation', action=yes_no, default=True, help='affective state modulates the features')
     group.add_argument('--keep-affect', type=float, default=0.0, metavar='WEIGHT',
                        help="of a loss that keeps the affect response close to stage 1's")
+    group.add_argument('--rehearsal', type=float, default=0.0, metavar='WEIGHT',
+                       help="of stage 1's loss on a batch of --stimuli in each step of stage 2")
     group.add_argument('--affect-lr-scale', type=float, default=1.0, metavar='FACTOR',
                        help='learning rate of affect response, modulation and balance in stage 2, over --lr')
     group.add_argument('--separate-experience', action='store_true', help='a second, frozen, affective backbone')
@@ -174,13 +177,15 @@ def parse_args() -> argparse.Namespace:
     if args.task == 'emoreg':
         try:  # whatever stage 1 will give, its affect response varies
             check_regulation(args.balance, 2, 'emotion', 'separate' if args.separate_experience else 'shared',
-                             args.balanced_in, args.keep_affect)
+                             args.balanced_in, args.keep_affect, args.rehearsal)
         except ValueError as e:
             parser.error(f'{e}')
     if not timm.is_model(args.model.split('.')[0]):
         parser.error(f'--model {args.model}: unknown. timm.list_models() names all, emoreg_* are this package\'s.')
-    if args.experience not in (None, 'none') and args.stimuli:
-        parser.error("--experience is stage 1's result and --stimuli runs stage 1: give one of them.")
+    if args.rehearsal and (args.task != 'emoreg' or not args.stimuli):
+        parser.error(f'--rehearsal {args.rehearsal} shows --stimuli beside the images of --task emoreg: give both.')
+    if args.experience not in (None, 'none') and args.stimuli and not args.rehearsal:
+        parser.error("--experience is stage 1's result and --stimuli runs stage 1: give one of them, or --rehearsal.")
     if args.experience and args.task == 'affect':
         parser.error('--task affect makes an experience and takes none: leave --experience out.')
     if not args.affect_lr_scale >= 0:
@@ -257,12 +262,13 @@ def build_model(args, task: str, splits, experience: Experience | None):
     return model
 
 
-def build_task(args, task: str, model, splits, soft_targets: bool, device):
+def build_task(args, task: str, model, splits, soft_targets: bool, device, stimuli):
     if task == 'affect':
         return AffectTask(model, splits.target.kind, splits.target.names, smoothing=args.smoothing, device=device)
     criterion = {'smoothing': args.smoothing, 'soft_targets': soft_targets}
     if task == 'emoreg':
-        return EmoRegTask(model, args.balanced_in, args.keep_affect, criterion_kwargs=criterion, device=device)
+        return EmoRegTask(model, args.balanced_in, args.keep_affect, args.rehearsal,
+                          stimuli.target.kind if stimuli else 'class', criterion_kwargs=criterion, device=device)
     return ClassificationTask(model, criterion_kwargs=criterion, device=device)
 
 
@@ -286,7 +292,7 @@ def train_epoch(epoch, first_step, task, loader, optimizer, scheduler, scaler, a
     steps = range(first_step, updates * accumulate)
     bar = tqdm(zip(steps, loader, strict=False), desc=f'epoch {epoch + 1}', total=updates * accumulate,
                initial=first_step, leave=False, disable=None)
-    for step, (input, target) in bar:
+    for step, (input, target, *stimuli) in bar:
         # dropout, stochastic depth and mixup depend on the step alone, so a resumed run draws what an unbroken one does
         random_seed(args.seed + 7919 * epoch + step, 104_729 * args.rank)
         if mixup is not None:
@@ -294,7 +300,7 @@ def train_epoch(epoch, first_step, task, loader, optimizer, scheduler, scaler, a
         update = (step + 1) % accumulate == 0
         with nullcontext() if update else task.no_sync():
             with autocast():
-                result = task(input, target)
+                result = task(input, target, *stimuli)
             loss = result['loss'] / accumulate
             parameters = task.get_clip_parameters(exclude_head=args.clip_mode == 'agc')
             if scaler is not None:
@@ -351,8 +357,11 @@ def evaluate(task, loader, autocast, args, predictions: list | None = None):
     return evaluator.compute(distributed=args.distributed)
 
 
-def run_stage(args, task_name: str, splits, device, experience: Experience | None = None) -> dict:
-    """Train one stage, choose its best epoch on the validation part, and look at the test part once."""
+def run_stage(args, task_name: str, splits, device, experience: Experience | None = None, stimuli=None) -> dict:
+    """Train one stage, choose its best epoch on the validation part, and look at the test part once.
+
+    `stimuli` are those that stage 2 rehearses.
+    """
     out = Path(args.output) / args.experiment / task_name
     if (out / 'result.json').is_file():
         print(f'{out}: finished already', flush=True)
@@ -377,7 +386,7 @@ def run_stage(args, task_name: str, splits, device, experience: Experience | Non
     mixup = None
     if mix:
         mixup = Mixup(args.mixup, args.cutmix, label_smoothing=args.smoothing, num_classes=len(splits.target))
-    task = build_task(args, task_name, model, splits, mix, device)
+    task = build_task(args, task_name, model, splits, mix, device, stimuli)
     if args.model_ema:
         task.setup_ema(decay=args.model_ema_decay, use_warmup=True)
     if args.torchcompile:
@@ -391,12 +400,16 @@ def run_stage(args, task_name: str, splits, device, experience: Experience | Non
     if task_name == 'affect' and splits.target.kind == 'ratings' and batch_size < 2:
         raise DataError(f'1 - CCC needs 2 images or more a step, --batch-size {whole_batch} gives {batch_size} a '
                         f'process and accumulation step. Use at least {2 * args.world_size * args.grad_accum_steps}.')
-    train_loader, validation_loader, test_loader = (make_loader(
-        part, size, batch_size, resolve_model_data_config(model), training=part is splits.train, kind=args.loader,
-        device=device, augment=not args.no_aug, flip=args.hflip if splits.flip_safe else 'none', cutout=args.cutout,
-        seed=args.seed, channels_last=args.channels_last, workers=args.workers, rank=args.rank,
-        world_size=args.world_size) for part in (splits.train, splits.validation, splits.test))
 
+    def loader_of(splits, part):
+        return make_loader(
+            part, size, batch_size, resolve_model_data_config(model), training=part is splits.train, kind=args.loader,
+            device=device, augment=not args.no_aug, flip=args.hflip if splits.flip_safe else 'none',
+            cutout=args.cutout, seed=args.seed, channels_last=args.channels_last, workers=args.workers,
+            rank=args.rank, world_size=args.world_size)
+
+    train_loader, validation_loader, test_loader = (
+        loader_of(splits, part) for part in (splits.train, splits.validation, splits.test))
     whole_batch = batch_size * args.world_size * args.grad_accum_steps  # where it could not be divided evenly
 
     # recipe
@@ -426,6 +439,9 @@ def run_stage(args, task_name: str, splits, device, experience: Experience | Non
               f'{opt}, lr {lr:g}, batch {whole_batch}, {precision}, {type(train_loader).__name__} on {device}')
     if args.start_img_size is not None:
         train_loader = ProgressiveLoader(train_loader, args.start_img_size, epochs)
+    if stimuli is not None:
+        say(args, f'rehearsal: {stimuli.summary()}; weight {args.rehearsal:g}')
+        train_loader = RehearsalLoader(train_loader, loader_of(stimuli, stimuli.train))
 
     # where a stopped run goes on
     args.first_step, args.sums, first_epoch = 0, {}, 0
@@ -531,6 +547,8 @@ def run(args) -> None:
             experience = untrained_experience(stimuli.target if stimuli else None)
     elif args.experience:
         experience = find_experience(args.experience)
+        if stimuli is not None:
+            experience.check_stimuli(stimuli)
     if is_primary(args) and not args.resume:
         if folder.exists():
             raise DataError(f'{folder} exists. Continue it with --resume {folder}, or choose another --experiment.')
@@ -551,7 +569,8 @@ def run(args) -> None:
         if experience is not None:
             say(args, f'experience: {experience.source}, affect response of {experience.num_affect} '
                       f'({", ".join(experience.names) or experience.affect_kind})')
-        results.append(run_stage(args, args.task, target, device, experience))
+        rehearsed = stimuli if args.task == 'emoreg' and args.rehearsal else None
+        results.append(run_stage(args, args.task, target, device, experience, rehearsed))
     for result in results:
         say(args, json.dumps(result))
     if args.distributed:

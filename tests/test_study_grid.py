@@ -47,6 +47,12 @@ CIFAR = '--dataset cifar10 --train-images 1000'
     ('regulated:no-modulation', f'{COMMON} --task emoreg {CIFAR} --epochs 20 --no-modulation', ''),
     ('regulated:balance=0.25,separate',
      f'{COMMON} --task emoreg {CIFAR} --epochs 20 --balance 0.25 --separate-experience', ''),
+    ('regulated:rehearsal=1',
+     f'{COMMON} --task emoreg {CIFAR} --stimuli ferplus --epochs 20 --rehearsal 1', ''),
+    ('shuffled:rehearsal=1', f'{COMMON} --task emoreg {CIFAR} --stimuli ferplus --shuffle-stimuli-labels --epochs 20 '
+                             '--rehearsal 1', ' --shuffle-stimuli-labels'),
+    ('random:rehearsal=1', f'{COMMON} --task emoreg {CIFAR} --experience none --stimuli ferplus --epochs 20 '
+                           '--rehearsal 1', None),
     ('plain:lr=0.05', f'{COMMON} --task plain {CIFAR} --epochs 20 --lr 0.05', None),
 ])
 def test_what_an_arm_asks_of_the_training_script(grid, arm, expected, first):

@@ -207,6 +207,39 @@ def test_a_model_may_go_from_stage_1_to_stage_2(batch):
         assert task.train()(*batch)['output'].shape == (B, C)
 
 
+@pytest.mark.parametrize('kind', ['class', 'votes', 'ratings'])
+def test_rehearsal_adds_the_loss_of_stage_1(batch, kind):
+    x, target = batch
+    stimuli, labels = affect_batch(kind)
+    model = make(affect_kind='ratings' if kind == 'ratings' else 'emotion', modulation=False)
+    AffectTask(model, kind, tuple('abcd'))  # as after stage 1
+    alone = EmoRegTask(copy.deepcopy(model)).train()(x, target)['loss']
+    stage_1 = AffectTask(copy.deepcopy(model), kind, tuple('abcd')).train()(stimuli, labels)['loss']
+    task = EmoRegTask(model, rehearsal=3.0, stimuli_kind=kind)
+    result = task.train()(x, target, stimuli, labels)
+    torch.testing.assert_close(result['loss_rehearsal'], stage_1.detach())
+    torch.testing.assert_close(result['loss'], alone + 3 * stage_1)
+    result['loss'].backward()
+    assert model.head_affect.weight.grad.abs().sum() > 0
+    assert not result['loss_rehearsal'].requires_grad
+
+
+def test_rehearsal_leaves_no_trace_in_the_running_statistics(batch):
+    x, target = batch
+    model = make(backbone='test_resnet', img_size=None)
+    after = []
+    for stimuli in ((), affect_batch('class'), (100 * affect_batch('class')[0], affect_batch('class')[1])):
+        task = EmoRegTask(copy.deepcopy(model), rehearsal=1.0)
+        task.train()(x, target, *stimuli)['loss'].backward()
+        after.append({k: v.clone() for k, v in task.trainable_module.named_buffers()})
+        norms = [m for m in task.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+        assert len(norms) > 5
+        assert all(m.track_running_stats for m in norms)
+    assert any('running_mean' in k for k in after[0])
+    for other in after[1:]:
+        assert all(torch.equal(v, other[k]) for k, v in after[0].items())
+
+
 def test_averaged_weights_and_checkpoint_state(batch):
     x, target = batch
     task = EmoRegTask(make(balance='learned'))
@@ -233,18 +266,21 @@ def test_averaged_weights_and_checkpoint_state(batch):
 
 
 @pytest.mark.usefixtures('process_group')
-@pytest.mark.parametrize('stage', [1, 2])
+@pytest.mark.parametrize('stage', [1, 2, 'rehearsal'])
 def test_wrapped_for_distributed_training(batch, stage):
     def build():
         model = make(balance='gate', experience='shared')
-        return AffectTask(model, 'class', tuple('abcd')) if stage == 1 else EmoRegTask(model)
+        if stage == 1:
+            return AffectTask(model, 'class', tuple('abcd'))
+        return EmoRegTask(model, rehearsal=0.7 if stage == 'rehearsal' else 0.0)
 
     x, target = batch[0], batch[1] % K
+    batch = x, target, *(affect_batch('class') if stage == 'rehearsal' else ())
     plain, task = build(), build()
     task.prepare_distributed()
     for one in (plain, task):
         for _ in range(2):  # the second pass fails where the first left a parameter without gradient
-            one.train()(x, target)['loss'].backward()
+            one.train()(*batch)['loss'].backward()
     for p, q in zip(plain.trainable_module.parameters(), task.trainable_module.module.parameters(), strict=True):
         assert (p.grad is None) == (q.grad is None)
         if p.grad is not None:

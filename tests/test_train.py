@@ -94,6 +94,7 @@ def test_stage_2_starts_from_the_weights_of_stage_1(run, tmp_path, folder, train
     ('--balance', '0.3', '--balanced-in', 'loss', '--keep-affect', '0.5', '--model-ema', '--grad-accum-steps', '2'),
     ('--separate-experience', '--opt', 'muon', '--opt-kwargs', 'ns_steps=3', 'nesterov=True', '--hflip', 'alternate',
      '--cutout', '8', '--start-img-size', '16'),
+    ('--rehearsal', '0.5', '--start-img-size', '16', '--opt', 'adamw', '--grad-accum-steps', '2'),
     ('--no-modulation', '--loader', 'timm', '--workers', '0', '--grad-checkpointing', '--clip-grad', '1',
      '--clip-mode', 'agc'),
 ])
@@ -125,7 +126,7 @@ def test_ratings_of_a_csv(run, tmp_path, folder):
 
 def test_a_resumed_run_ends_with_the_numbers_of_an_unbroken_one(run, train, tmp_path, folder, monkeypatch):
     flags = ('--stimuli', folder, '--dataset', folder, '--epochs', 3, '--drop', 0.2, '--mixup', 0.5, '--model-ema',
-             '--balance', 'learned', '--start-img-size', 24)
+             '--balance', 'learned', '--start-img-size', 24, '--rehearsal', 1)
     assert run(*flags, name='whole')[0] == 0
 
     steps, seed = [], train.random_seed
@@ -185,6 +186,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(run, tmp_path, folder):
     (('--balance', 'gate', '--balanced-in', 'loss'), "balance='gate' cannot be balanced in the loss"),
     (('--keep-affect', '-1'), 'keep_affect=-1.0 is no weight of a loss'),
     (('--keep-affect', '1', '--separate-experience'), 'keep_affect=1.0 has nothing to keep'),
+    (('--rehearsal', '-1', '--stimuli', 'emoji'), 'rehearsal=-1.0 is no weight of a loss'),
+    (('--rehearsal', '1'), '--rehearsal 1.0 shows --stimuli beside the images of --task emoreg: give both'),
+    (('--rehearsal', '1', '--stimuli', 'emoji', '--task', 'plain'), 'beside the images of --task emoreg'),
     (('--affect-lr-scale', '-1'), '--affect-lr-scale -1.0: expected 0 (they stay as they are) or more'),
     (('--opt', 'sdg'), '--opt sdg, --opt-kwargs {}: '),
     (('--opt', 'muon', '--opt-kwargs', 'steps=3'), "--opt-kwargs {'steps': 3}: "),
@@ -259,6 +263,19 @@ def test_the_dual_head_without_stage_1(run, folder):
     status, results, _ = run('--experience', 'none', '--stimuli', folder, '--dataset', folder, '--epochs', 1)
     assert status == 0
     assert [(r['task'], r['experience']) for r in results] == [('emoreg', 'none')]
+
+
+def test_only_the_stimuli_of_stage_1_can_be_rehearsed(run, tmp_path, folder):
+    assert run('--task', 'affect', '--stimuli', folder, '--epochs', 1, name='stage1')[0] == 0
+    flags = ('--experience', tmp_path / 'stage1', '--rehearsal', 1, '--dataset', folder, '--epochs', 1)
+    status, _, err = run('--stimuli', 'emoji', *flags)
+    assert status == 2
+    assert f'{tmp_path / "stage1/affect/model_best.pth.tar"} answers with blue, green, red, ' in err
+    assert 'and the labels of emoji are valence. Rehearse the stimuli of stage 1, with' in err
+    assert not (tmp_path / 'run').exists()
+    status, results, _ = run('--stimuli', folder, *flags)
+    assert (status, len(results)) == (0, 1)
+    assert float(rows(tmp_path / 'run/emoreg/summary.csv')[0]['train_loss_rehearsal']) > 0
 
 
 @pytest.mark.parametrize(('flags', 'name'), [

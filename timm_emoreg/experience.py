@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from . import zoo
 from .checkpoint import CheckpointError, load_training_checkpoint
-from .data import Target
+from .data import DataError, Splits, Target
 from .weights import WeightError
 
 __all__ = ['Experience', 'find_experience', 'load_backbone', 'released_experience', 'untrained_experience']
@@ -33,6 +33,19 @@ class Experience:
     affect_kind: str
     num_affect: int
     names: tuple[str, ...] = ()
+
+    def check_stimuli(self, stimuli: Splits) -> None:
+        """Refuse to rehearse stimuli that the affect response does not answer.
+
+        Raises:
+            DataError: If their labels differ in kind, number or names.
+        """
+        target = stimuli.target
+        same = (target.affect_kind, len(target)) == (self.affect_kind, self.num_affect)
+        if not same or (self.names and self.names != target.names):
+            raise DataError(f'{self.source} answers with {", ".join(self.names) or self.num_affect}, and the labels of '
+                            f'{stimuli.name} are {", ".join(target.names)}. Rehearse the stimuli of stage 1, with the '
+                            'same --stimuli-labels.')
 
 
 def _from_checkpoint(path: Path) -> Experience:

@@ -126,12 +126,14 @@ def check_regulation(
         experience: str,
         balanced_in: str = 'prediction',
         keep_affect: float = 0.0,
+        rehearsal: float = 0.0,
 ) -> None:
     """Refuse what cannot work, with the reason.
 
     Raises:
         ValueError: For an unknown choice, a balance outside [0, 1], an affective state that cannot vary, a learned or
-            gated balance that is balanced in the loss, and a `keep_affect` that is negative or has nothing to keep.
+            gated balance that is balanced in the loss, and a `keep_affect` or `rehearsal` that is negative or has
+            nothing to keep.
     """
     for name, value, known in (
             ('affect_kind', affect_kind, AFFECT_KINDS),
@@ -150,11 +152,12 @@ def check_regulation(
     elif isinstance(balance, bool) or not (isinstance(balance, Real) and 0 <= balance <= 1):
         raise ValueError(f'balance={balance!r} is outside [0, 1]: 0 is the non-emotional response alone, '
                          "1 the emotionally-influenced one. Give a number between them, 'learned' or 'gate'.")
-    if not keep_affect >= 0:
-        raise ValueError(f'keep_affect={keep_affect!r} is no weight of a loss: give 0 for none, or more.')
-    if keep_affect and experience == 'separate':
-        raise ValueError(f"keep_affect={keep_affect!r} has nothing to keep: with experience='separate' the affect "
-                         'response comes from a frozen stream. Leave one of the two out.')
+    for name, weight in (('keep_affect', keep_affect), ('rehearsal', rehearsal)):
+        if not weight >= 0:
+            raise ValueError(f'{name}={weight!r} is no weight of a loss: give 0 for none, or more.')
+        if weight and experience == 'separate':
+            raise ValueError(f"{name}={weight!r} has nothing to keep: with experience='separate' the affect "
+                             'response comes from a frozen stream. Leave one of the two out.')
     least = 2 if affect_kind == 'emotion' else 1
     if num_affect < least:
         why = 'softmax over one emotion is always 1' if num_affect == 1 else 'there is nothing to respond with'

@@ -168,14 +168,16 @@ def plan(args: argparse.Namespace) -> tuple[list[Run], list[str]]:
                              'two calls with two --output.')
         return run
 
+    def shown(stimuli: str, labels: str | None) -> tuple[str, ...]:
+        return ('--stimuli', stimuli, *{'shuffled': ('--shuffle-stimuli-labels',),
+                                        'content': ('--stimuli-labels', CONTENT.get(stimuli, '')),
+                                        'unlabelled': ('--stimuli-labels', 'rotation')}.get(labels, ()))
+
     def stage_1(model: str, stimuli: str, labels: str, seed: int) -> Run:
         arm = 'affect' if labels == 'affect' else f'affect:{labels}'
-        flags = {'affect': (), 'shuffled': ('--shuffle-stimuli-labels',),
-                 'content': ('--stimuli-labels', CONTENT.get(stimuli, '')),
-                 'unlabelled': ('--stimuli-labels', 'rotation')}[labels]
         return add(Run(_name(model, stimuli, arm, f's{seed}'), arm, 'affect', model, stimuli, '', '', seed,
                        args.affect_epochs, (
-                           '--model', model, '--seed', str(seed), '--task', 'affect', '--stimuli', stimuli, *flags,
+                           '--model', model, '--seed', str(seed), '--task', 'affect', *shown(stimuli, labels),
                            '--epochs', str(args.affect_epochs), *args.flags, *args.affect_flags)))
 
     arms = [parse_arm(name) for name in args.arms]
@@ -189,7 +191,9 @@ def plan(args: argparse.Namespace) -> tuple[list[Run], list[str]]:
             number = target_images(target, args.data_dir) if images == 'all' else int(images)
             epochs += round(args.affect_epochs * stimuli_images(stimuli, args.data_dir) / number)
         elif arm.base == 'random':
-            flags = ('--experience', 'none', '--stimuli', stimuli)
+            flags = ('--experience', 'none', *shown(stimuli, None))
+        elif '--rehearsal' in arm.flags:
+            flags = shown(stimuli, arm.labels)
         stimuli = stimuli if arm.has_stimuli else ''
         key = _name(model, *((stimuli,) if stimuli else ()), target, images, arm.name, f's{seed}')
         needs = stage_1(model, stimuli, arm.labels, seed).key if arm.labels else None

@@ -2,7 +2,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from timm.loss import create_classification_loss
 from timm.task import ClassificationTask
 from timm.utils import unwrap_model
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .emoreg import EmoReg
 from .metrics import EmotionEvaluator, RatingEvaluator, concordance
@@ -41,6 +43,26 @@ def _parameters_without(model: nn.Module, left_out: Iterable[nn.Module]) -> list
     """The parameters of `model` in their order, but for those of the modules `left_out`."""
     ids = {id(p) for module in left_out for p in module.parameters()}
     return [p for p in model.parameters() if id(p) not in ids]
+
+
+def _affect_criterion(target_kind: str, smoothing: float = 0.0) -> nn.Module:
+    """The loss of an affect response for targets of that kind (see `AffectTask`)."""
+    if target_kind == 'ratings':
+        return ConcordanceLoss()
+    return create_classification_loss(smoothing=smoothing, soft_targets=target_kind == 'votes')
+
+
+@contextmanager
+def _running_statistics_kept(model: nn.Module) -> Iterator[None]:
+    """Batch norm in train mode goes by its batch as ever, but does not remember it."""
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
 
 
 class AffectTask(ClassificationTask):
@@ -80,10 +102,7 @@ class AffectTask(ClassificationTask):
                 f'The stimuli ask for affect_kind={needed!r} with num_affect={len(names)} ({", ".join(names)}), the '
                 f'model has affect_kind={model.affect_kind!r} with num_affect={model.num_affect}. '
                 'Build the model with the stimuli\'s values.')
-        if target_kind == 'ratings':
-            criterion = ConcordanceLoss()
-        else:
-            criterion = create_classification_loss(smoothing=smoothing, soft_targets=target_kind == 'votes')
+        criterion = _affect_criterion(target_kind, smoothing)
         for name, parameter in model.named_parameters():
             if not name.startswith('backbone.'):  # whose own frozen parameters stay frozen
                 parameter.requires_grad_(name.startswith('head_affect.'))
@@ -117,13 +136,16 @@ class EmoRegTask(ClassificationTask):
             model answers now, before stage 2 (Learning without Forgetting, Li and Hoiem 2016, arXiv 1606.09282): the
             divergence ``KL(softmax(a before) || softmax(a))`` of emotions, the squared error of ratings. 0 for none;
             it costs a forward pass of a frozen copy.
+        rehearsal: Weight of stage 1's loss on a batch of stimuli in each step, 0 for none; it costs a forward and a
+            backward pass of these. Batch norm goes by their own statistics and keeps running ones of images only.
+        stimuli_kind: Kind of the stimuli's targets where they are rehearsed, as `AffectTask` has it.
         criterion: Loss function. Created from `criterion_kwargs` by timm when None.
         criterion_kwargs: Arguments for ``timm.loss.create_classification_loss``.
         device: Device for task tensors.
 
     Raises:
-        ValueError: For a learned or gated balance in the loss, a model without classes, a negative `keep_affect`, or
-            one above 0 with ``experience='separate'``.
+        ValueError: For a learned or gated balance in the loss, a model without classes, a `keep_affect` or `rehearsal`
+            that is negative, or above 0 with ``experience='separate'``.
     """
 
     def __init__(
@@ -131,6 +153,8 @@ class EmoRegTask(ClassificationTask):
             model: EmoReg,
             balanced_in: str = 'prediction',
             keep_affect: float = 0.0,
+            rehearsal: float = 0.0,
+            stimuli_kind: str = 'class',
             criterion: nn.Module | Callable | None = None,
             criterion_kwargs: dict[str, Any] | None = None,
             device: torch.device | None = None,
@@ -140,7 +164,7 @@ class EmoRegTask(ClassificationTask):
             raise ValueError('The model has num_classes=0, so there is no response to train. Build it with classes.')
         kind = model.regulation.kind
         check_regulation(model.balance if kind == 'fixed' else kind, model.num_affect, model.affect_kind,
-                         model.experience, balanced_in, keep_affect)
+                         model.experience, balanced_in, keep_affect, rehearsal)
         before = None
         if keep_affect:
             before = copy.deepcopy(model).eval().requires_grad_(False)
@@ -150,24 +174,36 @@ class EmoRegTask(ClassificationTask):
             if part is not None:
                 part.requires_grad_(True)
         model.head_affect.requires_grad_(
-            model.experience == 'shared' and (model.modulation is not None or kind == 'gate' or keep_affect > 0))
+            model.experience == 'shared'
+            and (model.modulation is not None or kind == 'gate' or keep_affect > 0 or rehearsal > 0))
         super().__init__(model, criterion, criterion_kwargs, device=device, verbose=verbose)
         self.balanced_in = balanced_in
         self.keep_affect = keep_affect
+        self.rehearsal = rehearsal
+        self.affect_criterion = _affect_criterion(stimuli_kind) if rehearsal else None
         self.emotion = model.affect_kind == 'emotion'
         self.before = before
         model.set_training_output('responses')
 
-    def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
+    def forward(
+            self,
+            input: Tensor,
+            target: Tensor,
+            stimuli: Tensor | None = None,
+            stimuli_target: Tensor | None = None,
+    ) -> dict[str, Tensor]:
         """Both responses and their loss.
 
         Args:
             input: (B, in_chans, H, W).
             target: (B,) class indices, or (B, C) soft targets.
+            stimuli: (S, in_chans, H, W), where stage 1 is rehearsed.
+            stimuli_target: Their targets.
 
         Returns:
             ``loss`` (scalar), ``output`` (y, (B, C)), and for the log, without gradient, ``loss_non_emotional``,
-            ``loss_emotional``, ``balance`` (means over the batch) and, where it is kept, ``loss_affect``.
+            ``loss_emotional``, ``balance`` (means over the batch) and, where they are in use, ``loss_affect`` (kept)
+            and ``loss_rehearsal``.
         """
         z, z_emo, affect, r = self.trainable_module(input)
         output = regulate(z, z_emo, r)
@@ -188,6 +224,13 @@ class EmoRegTask(ClassificationTask):
             else:
                 loss_affect = F.mse_loss(affect.float(), before)
             result |= {'loss': loss + self.keep_affect * loss_affect, 'loss_affect': loss_affect.detach()}
+        if stimuli is not None:
+            model = unwrap_model(self.trainable_module)  # DDP's forward may be called once only before a backward pass
+            with _running_statistics_kept(model):
+                affect = model(stimuli)[2]
+            loss_rehearsal = self.affect_criterion(affect, stimuli_target)
+            result |= {'loss': result['loss'] + self.rehearsal * loss_rehearsal,
+                       'loss_rehearsal': loss_rehearsal.detach()}
         return result
 
     def train(self, mode: bool = True) -> EmoRegTask:

@@ -3,12 +3,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .resident import EpochLoader
 
-__all__ = ['SMALLEST', 'ProgressiveLoader', 'size_of_epoch']
+__all__ = ['SMALLEST', 'ProgressiveLoader', 'shrink', 'size_of_epoch']
 
 SMALLEST = 8  # px; a ResNet with the small-image stem halves three times
 STEP = 4  # px
@@ -27,8 +28,16 @@ def size_of_epoch(epoch: int, epochs: int, start: int, final: int) -> int:
     return start + int((final - start) * epoch / growing) // STEP * STEP
 
 
+def shrink(images: Tensor, size: int, memory_format: torch.memory_format) -> Tensor:
+    """Square images (B, C, H, H) as (B, C, size, size), bilinear and antialiased; those of that size as they are."""
+    if images.shape[-1] == size:
+        return images
+    small = F.interpolate(images, size=(size, size), mode='bilinear', antialias=True, align_corners=False)
+    return small.contiguous(memory_format=memory_format)
+
+
 class ProgressiveLoader:
-    """The batches of a training loader, shrunk to `size_of_epoch` (bilinear, antialiased; after crop and flip).
+    """The batches of a training loader, shrunk to `size_of_epoch` after crop and flip.
 
     Args:
         loader: The loader, whose images are square.
@@ -57,7 +66,4 @@ class ProgressiveLoader:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for input, target in self.loader:
-            if self.size_now != self.loader.size[0]:
-                input = F.interpolate(input, size=(self.size_now, self.size_now), mode='bilinear', antialias=True,
-                                      align_corners=False).contiguous(memory_format=self.loader.memory_format)
-            yield input, target
+            yield shrink(input, self.size_now, self.loader.memory_format), target
