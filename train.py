@@ -14,14 +14,16 @@ has the same name here. Results go to OUTPUT/EXPERIMENT/TASK: checkpoints, summa
 import argparse
 import json
 import math
-import resource
+import os
 import signal
 import sys
 import time
 from contextlib import nullcontext
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import timm
 import torch
 from timm.data import Mixup, resolve_model_data_config
@@ -44,11 +46,13 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import timm_emoreg
+from timm_emoreg.arguments import above, at_least
 from timm_emoreg.checkpoint import CheckpointError, load_training_checkpoint, newest_checkpoint, restore_best
+from timm_emoreg.commit import project_commit
 from timm_emoreg.curves import draw_curves
-from timm_emoreg.data import STIMULI, DataError, load_stimuli, load_target
+from timm_emoreg.data import STIMULI, TARGETS, DataError, load_stimuli, load_target
 from timm_emoreg.data.controls import fewer_images, predict_rotation, shuffle_labels
-from timm_emoreg.data.loader import make_loader
+from timm_emoreg.data.loader import choose_kind, make_loader
 from timm_emoreg.data.progressive import SMALLEST, ProgressiveLoader
 from timm_emoreg.data.rehearsal import RehearsalLoader
 from timm_emoreg.emoreg import create_backbone
@@ -60,16 +64,26 @@ from timm_emoreg.experience import (
     untrained_experience,
 )
 from timm_emoreg.optim import scale_affect_lr
+from timm_emoreg.peak_memory import peak_memory_gb
 from timm_emoreg.precision import autocast_or_not
-from timm_emoreg.processes import LaunchError, asked_to_stop, join_processes, lost_another, mean_over_processes
+from timm_emoreg.processes import (
+    LaunchError,
+    asked_to_stop,
+    first_decides,
+    join_processes,
+    lost_another,
+    mean_over_processes,
+)
 from timm_emoreg.regulation import check_regulation
-from timm_emoreg.run_folder import WriteError, trim, write_file, writing
+from timm_emoreg.run_folder import WriteError, chosen_once, remove_empty_run, trim, write_file, writing
 from timm_emoreg.small_image import LARGEST_SIZE, has_small_image_form, small_image_form
 from timm_emoreg.task import AffectTask, EmoRegTask
 
 # Three steps of Jordan's coefficients (github.com/KellerJordan/cifar10-airbench) take 3/5 of the time of timm's default
 # five, and were better on validation data in the one short run tried.
 MUON = {'ns_steps': 3, 'ns_coefficients': 'original', 'nesterov': True}
+
+LABELS_OF_STAGE_1 = ('stimuli_labels', 'shuffle_stimuli_labels', 'rating_columns')
 
 # -- settings ----------------------------------------------------------------------------------------------------------
 
@@ -83,8 +97,8 @@ def parse_args() -> argparse.Namespace:
     group.add_argument('--task', default='emoreg', choices=('emoreg', 'affect', 'plain'))
     group.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs, help='for the backbone, name=value')
     group.add_argument('--pretrained-backbone', action='store_true', help="start from the backbone's own timm weights")
-    group.add_argument('--drop', type=float, default=None, help='dropout before the classifier')
-    group.add_argument('--drop-path', type=float, default=None, help='stochastic depth')
+    group.add_argument('--drop', type=at_least(0.0), default=None, help='dropout before the classifier')
+    group.add_argument('--drop-path', type=at_least(0.0), default=None, help='stochastic depth')
     group.add_argument('--small-image', action=yes_no, default=None, help='default: on up to 64 px, if there is a form')
 
     group = parser.add_argument_group('emotional regulation')
@@ -96,7 +110,7 @@ def parse_args() -> argparse.Namespace:
     group.add_argument('--shuffle-stimuli-labels', action='store_true', help='control: labels without meaning')
     group.add_argument('--rating-columns', nargs='+', help='rating columns of a csv of stimuli')
     group.add_argument('--rating-scale', nargs=2, type=float, metavar=('LOW', 'HIGH'), help='scale of these ratings')
-    group.add_argument('--affect-epochs', type=int, help='epochs of stage 1 (default: --epochs)')
+    group.add_argument('--affect-epochs', type=at_least(1), help='epochs of stage 1 (default: --epochs)')
     group.add_argument('--balance', default='0.5', help="a number in [0, 1], 'learned' or 'gate'")
     group.add_argument('--balanced-in', default='prediction', choices=('prediction', 'loss'))
     group.add_argument('--modulation', action=yes_no, default=True, help='affective state modulates the features')
@@ -104,46 +118,47 @@ def parse_args() -> argparse.Namespace:
                        help="of a loss that keeps the affect response close to stage 1's")
     group.add_argument('--rehearsal', type=float, default=0.0, metavar='WEIGHT',
                        help="of stage 1's loss on a batch of --stimuli in each step of stage 2")
-    group.add_argument('--affect-lr-scale', type=float, default=1.0, metavar='FACTOR',
-                       help='learning rate of affect response, modulation and balance in stage 2, over --lr')
+    group.add_argument('--affect-lr-scale', type=at_least(0.0), default=1.0, metavar='FACTOR',
+                       help='learning rate of affect response, modulation and balance in stage 2, over --lr; 0 leaves '
+                            'them as they are')
     group.add_argument('--separate-experience', action='store_true', help='a second, frozen, affective backbone')
 
     group = parser.add_argument_group('data')
-    group.add_argument('--dataset', default='cifar10', help='cifar10, cifar100, emoji, or a folder per class')
-    group.add_argument('--data-dir', type=Path, help='data sets (default: $EMOREG_DATA, ~/.cache/emoreg-data)')
-    group.add_argument('--train-images', type=int, metavar='N', help='a stratified part of N training images')
-    group.add_argument('--img-size', type=int, help='default: 32, and 224 for a folder or csv')
+    group.add_argument('--dataset', default='cifar10', help=f'{", ".join(TARGETS)}, or a folder with one per class')
+    group.add_argument('--data-dir', help='data sets (default: $EMOREG_DATA, ~/.cache/emoreg-data)')
+    group.add_argument('--train-images', type=at_least(1), metavar='N', help='a stratified part of N training images')
+    group.add_argument('--img-size', type=at_least(1), help='default: 32, and 224 for a folder or csv')
     group.add_argument('--start-img-size', type=int, metavar='N',
                        help='progressive resizing: training images grow from N px to --img-size over 2/3 of the epochs')
-    group.add_argument('-b', '--batch-size', type=int, help='default: 128, for fewer than 10,000 images 64')
+    group.add_argument('-b', '--batch-size', type=at_least(1), help='default: 128, for fewer than 10,000 images 64')
     group.add_argument('--loader', default='auto', choices=('auto', 'resident', 'timm'))
-    group.add_argument('--workers', type=int, default=2, help="of timm's loader")
+    group.add_argument('--workers', type=at_least(0), default=2, help="of timm's loader")
     group.add_argument('--no-aug', action='store_true', help='no augmentation at all')
     group.add_argument('--hflip', default='random', choices=('random', 'alternate', 'none'))
-    group.add_argument('--cutout', type=int, default=0, help='side of the cut-out square in pixels')
-    group.add_argument('--mixup', type=float, default=0.0)
-    group.add_argument('--cutmix', type=float, default=0.0)
-    group.add_argument('--smoothing', type=float, default=0.1, help='label smoothing')
+    group.add_argument('--cutout', type=at_least(0), default=0, help='side of the cut-out square in pixels')
+    group.add_argument('--mixup', type=at_least(0.0), default=0.0)
+    group.add_argument('--cutmix', type=at_least(0.0), default=0.0)
+    group.add_argument('--smoothing', type=at_least(0.0), default=0.1, help='label smoothing')
 
     group = parser.add_argument_group('recipe')
-    group.add_argument('--epochs', type=int, default=8)
-    group.add_argument('--val-interval', type=int, default=1, help='epochs between validations; the last has one')
+    group.add_argument('--epochs', type=at_least(1), default=8)
+    group.add_argument('--val-interval', type=at_least(1), default=1, help='epochs a validation; the last has one')
     group.add_argument('--opt', help='any of timm (default: adamw for stage 1 and for ViT, else muon)')
     group.add_argument('--opt-kwargs', nargs='*', default={}, action=ParseKwargs,
                        help='for --opt, name=value; for muon the default is '
                             + ' '.join(f'{k}={v}' for k, v in MUON.items()))
-    group.add_argument('--lr', type=float,
+    group.add_argument('--lr', type=above(0),
                        help='default: 0.02 for muon; for 128 images an update, 0.1 for sgd, else 0.001')
     group.add_argument('--momentum', type=float, default=0.9)
-    group.add_argument('--weight-decay', type=float, help='default: 5e-4 for sgd, 0.01 for muon, else 0.05')
-    group.add_argument('--layer-decay', type=float)
-    group.add_argument('--sched', default='cosine')
-    group.add_argument('--warmup-epochs', type=float, default=1.0)
+    group.add_argument('--weight-decay', type=at_least(0.0), help='default: 5e-4 for sgd, 0.01 for muon, else 0.05')
+    group.add_argument('--layer-decay', type=above(0))
+    group.add_argument('--sched', default='cosine', choices=('cosine', 'tanh', 'poly', 'step'))
+    group.add_argument('--warmup-epochs', type=at_least(0.0), default=1.0)
     group.add_argument('--warmup-lr', type=float, default=1e-3, help='times --lr')
     group.add_argument('--min-lr', type=float, default=1e-3, help='times --lr')
-    group.add_argument('--clip-grad', type=float)
+    group.add_argument('--clip-grad', type=above(0))
     group.add_argument('--clip-mode', default='norm', choices=('norm', 'value', 'agc'))
-    group.add_argument('--grad-accum-steps', type=int, default=1)
+    group.add_argument('--grad-accum-steps', type=at_least(1), default=1)
     group.add_argument('--model-ema', action='store_true', help='judge and keep averaged weights')
     group.add_argument('--model-ema-decay', type=float, default=0.998)
 
@@ -155,20 +170,38 @@ def parse_args() -> argparse.Namespace:
     group.add_argument('--grad-checkpointing', action='store_true')
     group.add_argument('--torchcompile', action='store_true')
     group.add_argument('--sync-bn', action='store_true')
-    group.add_argument('--seed', type=int, default=42)
+    group.add_argument('--seed', type=at_least(0), default=42)
 
     group = parser.add_argument_group('output')
     group.add_argument('--output', type=Path, default=Path('output'))
     group.add_argument('--experiment', help='name of the folder in --output (default: date, model and data set)')
     group.add_argument('--resume', type=Path, metavar='RUN', help='output folder to continue, settings included')
-    group.add_argument('--log-interval', type=int, default=50, help='steps between looks at the loss')
+    group.add_argument('--log-interval', type=at_least(1), default=50, help='steps between looks at the loss')
     args = parser.parse_args()
+    # what is on the command line: a default is only set where there is nothing yet
+    given = vars(parser.parse_args(namespace=argparse.Namespace(**dict.fromkeys(vars(args), parser))))
+    given = {name: value for name, value in given.items() if value is not parser}
+    try:
+        torch.zeros(1, device=args.device)
+    except (AssertionError, RuntimeError) as e:
+        parser.error(f'--device {args.device}: torch cannot compute there ({str(e).splitlines()[0]}).')
+    for name, known in (('data_dir', ()), ('experience', ()), ('stimuli', STIMULI), ('dataset', TARGETS)):
+        path = getattr(args, name)  # a resumed run may have another working directory
+        if path is not None and path not in known and os.path.exists(path):
+            setattr(args, name, os.path.abspath(path))
 
     if args.resume:
         if not (args.resume / 'args.json').is_file():
             parser.error(f'--resume {args.resume}: holds no args.json, so it is no output folder of this script.')
+        free = ('resume', 'device', 'data_dir', 'workers', 'log_interval')
+        if other := sorted(given.keys() - {*free}):
+            parser.error(f'--{other[0].replace("_", "-")}: --resume goes on with the settings of the run. Only '
+                         f'{", ".join("--" + name.replace("_", "-") for name in free[1:])} can be given beside it.')
         saved = json.loads((args.resume / 'args.json').read_text())
-        return argparse.Namespace(**{**vars(args), **saved, 'resume': str(args.resume), 'device': args.device})
+        folder = args.resume.resolve()  # which may have been moved
+        here = {name: getattr(args, name) for name in (*given, 'device')}
+        here |= {'resume': str(folder), 'output': str(folder.parent), 'experiment': folder.name}
+        return argparse.Namespace(**{**vars(args), **saved, **here})
     if args.balance not in ('learned', 'gate'):
         try:
             args.balance = float(args.balance)
@@ -186,12 +219,13 @@ def parse_args() -> argparse.Namespace:
         parser.error(f'--rehearsal {args.rehearsal} shows --stimuli beside the images of --task emoreg: give both.')
     if args.experience not in (None, 'none') and args.stimuli and not args.rehearsal:
         parser.error("--experience is stage 1's result and --stimuli runs stage 1: give one of them, or --rehearsal.")
+    if args.experience not in (None, 'none'):
+        labels = () if args.rehearsal else LABELS_OF_STAGE_1
+        if late := [name for name in (*labels, 'affect_epochs', 'pretrained_backbone') if getattr(args, name)]:
+            parser.error(f"--{late[0].replace('_', '-')} shapes stage 1, and --experience is its result already: leave "
+                         'one of them out.')
     if args.experience and args.task == 'affect':
         parser.error('--task affect makes an experience and takes none: leave --experience out.')
-    if not args.affect_lr_scale >= 0:
-        parser.error(f'--affect-lr-scale {args.affect_lr_scale}: expected 0 (they stay as they are) or more.')
-    if args.val_interval < 1:
-        parser.error(f'--val-interval {args.val_interval}: expected 1 or more.')
     if args.opt_kwargs and not args.opt:
         parser.error(f'--opt-kwargs {args.opt_kwargs}: belong to one optimizer. Give --opt, too.')
     if args.opt:
@@ -214,8 +248,8 @@ def parse_args() -> argparse.Namespace:
     if args.small_image is None:
         args.small_image = args.img_size <= LARGEST_SIZE and has_small_image_form(args.backbone)
     stamp = datetime.now().strftime('%Y%m%d-%H%M%S')
-    args.experiment = args.experiment or f'{stamp}-{args.model}-{main_set.replace("/", "_")}'
-    args.data_dir, args.output, args.resume = str(args.data_dir or '') or None, str(args.output), None
+    args.experiment = args.experiment or f'{stamp}-{args.model}-{Path(main_set).name}'
+    args.output, args.resume = str(args.output), None
     return args
 
 
@@ -235,6 +269,10 @@ def stimuli_of(args):
 def target_of(args):
     splits = load_target(args.dataset, args.data_dir)
     return fewer_images(splits, args.train_images, args.seed) if args.train_images else splits
+
+
+class ModelError(ValueError):
+    """Settings under which the model cannot be built."""
 
 
 def build_model(args, task: str, splits, experience: Experience | None):
@@ -260,6 +298,12 @@ def build_model(args, task: str, splits, experience: Experience | None):
     if experience.state_dict:
         model.load_experience(experience.state_dict)
     return model
+
+
+def shapes_stage_1(args) -> bool:
+    """Whether the settings ask for a stage 1 of their own, rather than for a released one."""
+    names = ('stimuli', *LABELS_OF_STAGE_1, 'affect_epochs', 'pretrained_backbone', 'model_kwargs')
+    return any(getattr(args, name) for name in names) or args.dataset == 'emoji'  # which shows both stages
 
 
 def build_task(args, task: str, model, splits, soft_targets: bool, device, stimuli):
@@ -294,7 +338,7 @@ def train_epoch(epoch, first_step, task, loader, optimizer, scheduler, scaler, a
                initial=first_step, leave=False, disable=None)
     for step, (input, target, *stimuli) in bar:
         # dropout, stochastic depth and mixup depend on the step alone, so a resumed run draws what an unbroken one does
-        random_seed(args.seed + 7919 * epoch + step, 104_729 * args.rank)
+        random_seed(int(np.random.SeedSequence((args.seed, epoch, step, args.rank)).generate_state(1)[0]))
         if mixup is not None:
             input, target = mixup(input, target)
         update = (step + 1) % accumulate == 0
@@ -327,6 +371,7 @@ def train_epoch(epoch, first_step, task, loader, optimizer, scheduler, scaler, a
             ask = not args.distributed or task.device.type == 'cpu' or done % args.log_interval == 0
             if step + 1 < updates * accumulate and ask and asked_to_stop(args, received):
                 args.first_step, args.sums = step + 1, mean_over_processes(sums, args)
+                args.seconds = time.perf_counter() - args.start
                 if saver is not None:
                     with writing(saver.recovery_dir):
                         saver.save_recovery(epoch, step + 1)
@@ -369,13 +414,19 @@ def run_stage(args, task_name: str, splits, device, experience: Experience | Non
     if is_primary(args):
         with writing(out):
             out.mkdir(exist_ok=True)
-    start = time.perf_counter()
+    args.start, args.seconds = time.perf_counter(), 0.0
     if device.type == 'cuda':
         torch.cuda.reset_peak_memory_stats(device)  # of the stage before
 
     # model and task
     random_seed(args.seed)
-    model = build_model(args, task_name, splits, experience).to(device)
+    try:
+        model = build_model(args, task_name, splits, experience).to(device)
+    except CheckpointError:
+        raise
+    except (AssertionError, RuntimeError, TypeError, ValueError) as e:
+        raise ModelError(f'--model {args.model} cannot be built so: {str(e).splitlines()[0]} Look at --model-kwargs, '
+                         '--img-size, --small-image, --experience.') from e
     if args.channels_last:
         model.to(memory_format=torch.channels_last)
     if args.grad_checkpointing:
@@ -401,18 +452,29 @@ def run_stage(args, task_name: str, splits, device, experience: Experience | Non
         raise DataError(f'1 - CCC needs 2 images or more a step, --batch-size {whole_batch} gives {batch_size} a '
                         f'process and accumulation step. Use at least {2 * args.world_size * args.grad_accum_steps}.')
 
-    def loader_of(splits, part):
+    def choose() -> dict[str, str]:  # by what is fast and free here now, so it must not be chosen again
+        kinds = [choose_kind(len(one.train), size, device, not args.no_aug, args.world_size)
+                 if args.loader == 'auto' else args.loader for one in (splits, *([stimuli] if stimuli else []))]
+        return {'precision': autocast_or_not(device, args.amp_dtype if args.amp else None)[1],
+                'loader': kinds[0], 'stimuli_loader': kinds[-1]}
+
+    chosen = first_decides(lambda: chosen_once(out / 'choices.json', choose), args)
+
+    def loader_of(splits, part, kind=args.loader):
         return make_loader(
-            part, size, batch_size, resolve_model_data_config(model), training=part is splits.train, kind=args.loader,
+            part, size, batch_size, resolve_model_data_config(model), training=part is splits.train, kind=kind,
             device=device, augment=not args.no_aug, flip=args.hflip if splits.flip_safe else 'none',
             cutout=args.cutout, seed=args.seed, channels_last=args.channels_last, workers=args.workers,
             rank=args.rank, world_size=args.world_size)
 
-    train_loader, validation_loader, test_loader = (
-        loader_of(splits, part) for part in (splits.train, splits.validation, splits.test))
+    train_loader = loader_of(splits, splits.train, chosen['loader'])
+    validation_loader, test_loader = (loader_of(splits, part) for part in (splits.validation, splits.test))
     whole_batch = batch_size * args.world_size * args.grad_accum_steps  # where it could not be divided evenly
 
     # recipe
+    if len(train_loader) < args.grad_accum_steps:
+        raise DataError(f'--grad-accum-steps {args.grad_accum_steps}: an epoch has {len(train_loader)} batches, and no '
+                        'update. Use fewer steps, or a smaller --batch-size.')
     epochs = args.affect_epochs or args.epochs if task_name == 'affect' else args.epochs
     # Short runs hardly start under SGD at the rates that suit long ones; AdamW and Muon learn at once.
     opt = args.opt or ('adamw' if task_name == 'affect' or 'vit' in args.backbone else 'muon')
@@ -429,7 +491,9 @@ def run_stage(args, task_name: str, splits, device, experience: Experience | Non
     scheduler, _ = create_scheduler_v2(
         optimizer, args.sched, num_epochs=epochs, warmup_epochs=min(args.warmup_epochs, epochs / 4),
         warmup_lr=args.warmup_lr * lr, min_lr=args.min_lr * lr, step_on_epochs=False, updates_per_epoch=updates)
-    autocast, precision = autocast_or_not(device, args.amp_dtype if args.amp else None)
+    precision = chosen['precision']
+    autocast = nullcontext if precision == 'float32' else partial(torch.autocast, device.type,
+                                                                  getattr(torch, precision))
     scaler = NativeScaler(device.type) if precision == 'float16' else None
     metric = task.create_evaluator().default_metric
     form = small_image_form(getattr(unwrap_model(model), 'backbone', unwrap_model(model)))
@@ -441,7 +505,7 @@ def run_stage(args, task_name: str, splits, device, experience: Experience | Non
         train_loader = ProgressiveLoader(train_loader, args.start_img_size, epochs)
     if stimuli is not None:
         say(args, f'rehearsal: {stimuli.summary()}; weight {args.rehearsal:g}')
-        train_loader = RehearsalLoader(train_loader, loader_of(stimuli, stimuli.train))
+        train_loader = RehearsalLoader(train_loader, loader_of(stimuli, stimuli.train, chosen['stimuli_loader']))
 
     # where a stopped run goes on
     args.first_step, args.sums, first_epoch = 0, {}, 0
@@ -459,6 +523,7 @@ def run_stage(args, task_name: str, splits, device, experience: Experience | Non
         if scaler is not None:
             scaler.load_state_dict(state[scaler.state_dict_key])
         args.first_step, args.sums = state['args'].first_step, state['args'].sums
+        args.start -= state['args'].seconds  # those of the attempts before count, too
         first_epoch = state['epoch'] if args.first_step else state['epoch'] + 1
         scheduler.step_update(num_updates=first_epoch * updates + args.first_step // args.grad_accum_steps)
         if saver is not None:
@@ -475,7 +540,8 @@ def run_stage(args, task_name: str, splits, device, experience: Experience | Non
         parts = train_epoch(epoch, args.first_step, task, train_loader, optimizer, scheduler, scaler, autocast, mixup,
                             saver, args)
         if args.distributed:
-            distribute_bn(unwrap_model(model), args.world_size, reduce=True)
+            for one in (model, *([task.get_eval_model(ema=True)] if task.has_ema() else [])):
+                distribute_bn(unwrap_model(one), args.world_size, reduce=True)
         judged = (epoch + 1) % args.val_interval == 0 or epoch + 1 == epochs
         scores = evaluate(task, validation_loader, autocast, args) if judged else {}
         if saver is not None:
@@ -483,6 +549,7 @@ def run_stage(args, task_name: str, splits, device, experience: Experience | Non
                 if judged:
                     lr_now = max(group['lr'] for group in optimizer.param_groups)  # at the end of the epoch
                     update_summary(epoch, parts, scores, str(out / 'summary.csv'), lr=lr_now)
+                args.seconds = time.perf_counter() - args.start
                 saver.save_checkpoint(epoch, metric=scores.get(metric))
                 for recovery in out.glob('recovery-*.pth.tar'):
                     recovery.unlink()
@@ -500,16 +567,17 @@ def run_stage(args, task_name: str, splits, device, experience: Experience | Non
     task.load_checkpoint_state(state['state_dict_ema' if ema else 'state_dict'], ema=ema)
     predictions = [] if splits.target.kind == 'class' and not args.distributed else None
     test = evaluate(task, test_loader, autocast, args, predictions)
-    peak = torch.cuda.max_memory_allocated(device) if device.type == 'cuda' else (
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    peak = peak_memory_gb(device)
+    best = unwrap_model(task.get_eval_model(ema=ema))
     result = {
         'task': task_name, 'model': args.model, 'form': form, 'img_size': args.img_size, 'data': splits.name,
         'train_images': len(splits.train), 'seed': args.seed, 'epochs': epochs, 'best_epoch': state['epoch'] + 1,
         'metric': metric, 'validation': state['metric'], 'test': dict(test),
-        'balance': getattr(unwrap_model(model), 'balance', None),
+        'balance': best.balance if task_name == 'emoreg' else None,
         'experience': experience.source if experience else None,
-        'checkpoint': str(out / 'model_best.pth.tar'), 'seconds': round(time.perf_counter() - start, 1),
-        'peak_memory_gb': round(peak / 2**30, 2), 'precision': precision,
+        'checkpoint': str(out / 'model_best.pth.tar'),
+        'seconds': round(time.perf_counter() - args.start, 1),
+        'peak_memory_gb': None if peak is None else round(peak, 2), **chosen,
         'device': torch.cuda.get_device_name(device) if device.type == 'cuda' else (
             f'CPU, {torch.get_num_threads()} threads'),
     }
@@ -537,7 +605,7 @@ def run(args) -> None:
     folder = Path(args.output) / args.experiment
     # the data first: what is missing there must not leave a folder behind
     target = None if args.task == 'affect' else target_of(args)
-    if args.task == 'emoreg' and not args.stimuli and args.dataset != 'emoji':  # the emoji show both stages
+    if args.task == 'emoreg' and not shapes_stage_1(args):
         args.experience = args.experience or released_experience(args.model, args.small_image, args.img_size)
     stage_1 = not args.experience and (args.task != 'plain' or args.stimuli is not None)
     stimuli = stimuli_of(args) if stage_1 or args.stimuli else None
@@ -555,22 +623,28 @@ def run(args) -> None:
         part = folder.with_name(f'{folder.name}.part')  # a kill must not leave a folder that cannot be resumed
         with writing(folder):
             part.mkdir(parents=True, exist_ok=True)
+            args.commit = project_commit(Path(__file__).parent)
             write_file(part / 'args.json', json.dumps(vars(args), indent=1))
             part.rename(folder)
     if args.distributed:
         torch.distributed.barrier()
 
     results = []
-    if stage_1:
-        say(args, f'experience: none given, so stage 1 runs first, on {stimuli.name}')
-        results.append(run_stage(args, 'affect', stimuli, device))
-        experience = find_experience(str(folder / 'affect'))
-    if args.task != 'affect':
-        if experience is not None:
-            say(args, f'experience: {experience.source}, affect response of {experience.num_affect} '
-                      f'({", ".join(experience.names) or experience.affect_kind})')
-        rehearsed = stimuli if args.task == 'emoreg' and args.rehearsal else None
-        results.append(run_stage(args, args.task, target, device, experience, rehearsed))
+    try:
+        if stage_1:
+            say(args, f'experience: none given, so stage 1 runs first, on {stimuli.name}')
+            results.append(run_stage(args, 'affect', stimuli, device))
+            experience = find_experience(str(folder / 'affect'))
+        if args.task != 'affect':
+            if experience is not None:
+                say(args, f'experience: {experience.source}, affect response of {experience.num_affect} '
+                          f'({", ".join(experience.names) or experience.affect_kind})')
+            rehearsed = stimuli if args.task == 'emoreg' and args.rehearsal else None
+            results.append(run_stage(args, args.task, target, device, experience, rehearsed))
+    except (DataError, ModelError):
+        if is_primary(args):
+            remove_empty_run(folder)
+        raise
     for result in results:
         say(args, json.dumps(result))
     if args.distributed:
@@ -605,7 +679,7 @@ def main() -> int:
         then = f' The last good checkpoint is {good}: go on with: {resume_command(args)}' if good else ''
         print(f'train.py: {e}{then}', file=sys.stderr)
         return 2
-    except (DataError, CheckpointError, LaunchError, OSError) as e:
+    except (DataError, CheckpointError, LaunchError, ModelError, OSError) as e:
         print(f'train.py: {e}', file=sys.stderr)
         return 2
     except RuntimeError as e:

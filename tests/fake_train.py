@@ -29,7 +29,7 @@ if args.resume:
     args = argparse.Namespace(**json.loads((folder / 'args.json').read_text()))
 else:
     folder.mkdir()
-    kept = {name: value for name, value in vars(args).items() if name not in ('output', 'resume')}
+    kept = {name: value for name, value in vars(args).items() if name not in ('output', 'resume')} | {'commit': 'abc'}
     (folder / 'args.json').write_text(json.dumps(kept))
 if args.experience not in (None, 'none') and not Path(args.experience, 'affect', 'model_best.pth.tar').is_file():
     sys.exit(f'{args.experience}: holds no stage 1')

@@ -70,6 +70,16 @@ def signal_at_step(number, module):
     module.random_seed = counting
 
 
+def report_statistics(module):
+    """Print the running statistics of what the process evaluates."""
+    evaluate = module.evaluate
+    def reporting(task, *args):
+        model = module.unwrap_model(task.get_eval_model(ema=task.has_ema()))
+        print('statistics', [b.sum().item() for name, b in model.named_buffers() if 'running' in name], flush=True)
+        return evaluate(task, *args)
+    module.evaluate = reporting
+
+
 def start_a_second_later(module):
     class Later(datetime):
         @classmethod
@@ -116,6 +126,19 @@ def test_a_signal_to_one_process_stops_both_at_the_same_update(two, tmp_path, fo
         status, text = run.end()
         assert status == 0, text
     assert rows(tmp_path / 'run/plain') == rows(two)
+
+
+@pytest.mark.parametrize('averaged', [(), ('--model-ema',)])
+def test_both_processes_judge_the_same_statistics_of_batch_norm(tmp_path, folder, averaged):
+    argv = (*RECIPE, '--model', 'test_resnet', '--task', 'plain', '--dataset', folder, '--epochs', 1, *averaged,
+            '--output', tmp_path, '--experiment', 'run')
+    found = []
+    for run in start(*argv, prepare=(report_statistics, report_statistics)):
+        status, text = run.end()
+        assert status == 0, text
+        found.append(next(line for line in text.splitlines() if line.startswith('statistics')))  # after the epoch
+    assert len(found[0]) > 100
+    assert found[0] == found[1]
 
 
 @pytest.mark.slow

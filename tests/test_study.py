@@ -56,6 +56,7 @@ def test_a_grid_is_run_once(run, tmp_path):
         'regulated', 'emoji', '1', '0.5', 'CPU, 2 threads')
     assert row['flags'].endswith('--epochs 3 --val-interval 2')
     assert float(row['seconds']) == result['seconds']
+    assert row['commit'] == 'abc'
     assert result['experience'] == str(tmp_path / 's/runs/test_resnet_emoji_affect_s1')
     kept = {str(path.relative_to(tmp_path / 's/runs')) for path in (tmp_path / 's/runs').glob('*/*/*.pth.tar')}
     assert kept == {f'test_resnet_emoji_affect_s{seed}/affect/model_best.pth.tar' for seed in (0, 1)}
@@ -134,13 +135,10 @@ def test_a_stopped_study_goes_on_where_it_was(run, tmp_path, monkeypatch):
     assert 'stopped with 3 runs to do. The same command goes on.' in out
     assert refused[0].startswith(f'{tmp_path / "s"}: process {os.getpid()} runs this study')
     assert keys(tmp_path) == ['test_resnet_cifar10_1000_plain_s0']
-    assert json.loads((tmp_path / f's/runs/{slow}.json').read_text())['seconds'] > 0
     status, _, err = run(*arms)
     assert (status, err) == (0, '')
     assert starts(tmp_path) == {'test_resnet_cifar10_1000_plain_s0': 1, 'test_resnet_emoji_affect_s0': 1, slow: 2,
                                 'test_resnet_emoji_cifar10_1000_init_s0': 1}
-    row = next(row for row in read_rows(tmp_path / 's/results.csv') if row['key'] == slow)
-    assert float(row['seconds']) > 6.0  # those of both attempts; the second one took 2 an epoch
 
 
 def test_a_study_that_is_running_is_not_started_twice(run, tmp_path):

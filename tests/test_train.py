@@ -3,6 +3,7 @@ import csv
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -34,8 +35,8 @@ def run(train, tmp_path, monkeypatch, capsys):
     def call(*argv, name='run', model='test_resnet'):
         monkeypatch.setattr(train, 'received', [])
         named = () if '--resume' in argv else (
-            '--model', model, '--output', tmp_path, '--experiment', name, '--img-size', 32, '-b', 8)
-        monkeypatch.setattr(sys, 'argv', ['train.py', *map(str, (*named, '--no-amp', *argv))])
+            '--model', model, '--output', tmp_path, '--experiment', name, '--img-size', 32, '-b', 8, '--no-amp')
+        monkeypatch.setattr(sys, 'argv', ['train.py', *map(str, (*named, *argv))])
         before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             status = train.main()
@@ -155,6 +156,71 @@ def test_a_resumed_run_ends_with_the_numbers_of_an_unbroken_one(run, train, tmp_
             assert all(torch.equal(expected[k], found[k]) for k in expected)
 
 
+@pytest.mark.parametrize('precision', ['bfloat16', 'float16'])
+def test_16_bit_training_resumes_in_its_precision(run, train, tmp_path, folder, monkeypatch, precision):
+    monkeypatch.setattr('timm_emoreg.precision.faster_in', lambda *_: True)
+    flags = ('--task', 'plain', '--dataset', folder, '--epochs', 2, '--amp', '--amp-dtype', precision)
+    status, (whole,), _ = run(*flags, name='whole')
+    assert (status, whole['precision'], whole['loader']) == (0, precision, 'resident')
+
+    seen, epoch = [], train.train_epoch
+
+    def stop_after_the_first(number, *args):
+        seen.append(args[6])  # autocast
+        parts = epoch(number, *args)
+        if number == 0:
+            train.received.append(signal.SIGTERM)
+        return parts
+
+    monkeypatch.setattr(train, 'train_epoch', stop_after_the_first)
+    assert run(*flags, name='broken')[0] == 128 + signal.SIGTERM
+    # what is fast and free may have changed since
+    monkeypatch.setattr('timm_emoreg.precision.faster_in', lambda *_: False)
+    monkeypatch.setattr('timm_emoreg.data.loader.fits_in_memory', lambda *_: False)
+    status, (broken,), _ = run('--resume', tmp_path / 'broken')
+    assert (status, broken['precision'], broken['loader']) == (0, precision, 'resident')
+    with seen[-1]():
+        assert torch.nn.Linear(2, 2)(torch.ones(1, 2)).dtype == getattr(torch, precision)
+    assert broken['test'] == whole['test']
+    assert broken['seconds'] > 0
+
+
+def test_a_moved_run_is_resumed_where_it_lies_now(run, train, tmp_path, folder, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    link = Path('pictures')
+    link.symlink_to(folder)
+    with monkeypatch.context() as stopping:
+        stopping.setattr(train, 'asked_to_stop', lambda args, received: received.append(signal.SIGTERM) or True)
+        assert run('--task', 'plain', '--dataset', link, '--epochs', 1, '--output', 'out')[0] == 128 + signal.SIGTERM
+    shutil.copytree('out/run', 'elsewhere/copy')
+    Path('other').mkdir()
+    monkeypatch.chdir('other')
+    status, (result,), _ = run('--resume', '../elsewhere/copy', '--workers', 0)
+    assert status == 0
+    assert result['checkpoint'] == str(tmp_path / 'elsewhere/copy/plain/model_best.pth.tar')
+    assert not (tmp_path / 'out/run/plain/result.json').exists()
+
+
+@pytest.mark.parametrize('flags', [('--epochs', 30), ('--lr', 0.5), ('-b', 4), ('--no-amp',)])
+def test_other_settings_beside_resume_are_refused(run, tmp_path, capsys, flags):
+    (tmp_path / 'run').mkdir()
+    (tmp_path / 'run/args.json').write_text('{}')
+    with pytest.raises(SystemExit):
+        run('--resume', tmp_path / 'run', *flags)
+    assert ('--resume goes on with the settings of the run. Only --device, --data-dir, --workers, --log-interval can '
+            'be given beside it') in capsys.readouterr().err
+
+
+def test_the_balance_of_a_result_is_that_of_the_weights_that_were_judged(run, train, tmp_path, folder):
+    _, (affect, result), _ = run('--stimuli', folder, '--dataset', folder, '--epochs', 2, '--balance', 'learned',
+                                 '--model-ema', '--opt', 'adamw', '--lr', 0.02)
+    state = train.load_training_checkpoint(tmp_path / 'run/emoreg/model_best.pth.tar')
+    rho = {ema: state[f'state_dict{ema}']['regulation.rho'] for ema in ('', '_ema')}
+    assert rho[''] != rho['_ema']
+    assert result['balance'] == pytest.approx(rho['_ema'].sigmoid().item())
+    assert affect['balance'] is None
+
+
 def test_sigterm_leaves_a_checkpoint(tmp_path, folder):
     command = [sys.executable, str(SCRIPT), '--model', 'test_resnet', '--task', 'plain', '--dataset', str(folder),
                '--img-size', '32', '-b', '8', '--epochs', '100000', '--no-amp', '--output', str(tmp_path),
@@ -180,7 +246,17 @@ def test_a_loss_that_is_not_finite_stops_the_run(run, tmp_path, folder):
 
 @pytest.mark.parametrize(('argv', 'message'), [
     (('--task', 'affect', '--experience', 'x'), '--task affect makes an experience and takes none'),
-    (('--val-interval', '0'), '--val-interval 0: expected 1 or more'),
+    (('--val-interval', '0'), '--val-interval: expected a whole number, 1 or more, got 0'),
+    (('-b', '-5'), '--batch-size: expected a whole number, 1 or more, got -5'),
+    (('--epochs', 'ten'), '--epochs: expected a whole number, 1 or more, got ten'),
+    (('--lr', '0'), '--lr: expected a number above 0, got 0'),
+    (('--weight-decay', 'nan'), '--weight-decay: expected a number, 0.0 or more, got nan'),
+    (('--sched', 'plateau'), "--sched: invalid choice: 'plateau'"),
+    (('--device', 'abacus'), '--device abacus: torch cannot compute there'),
+    (('--experience', 'emoreg_resnet18.emoji', '--shuffle-stimuli-labels'),
+     '--shuffle-stimuli-labels shapes stage 1, and --experience is its result already'),
+    (('--experience', 'emoreg_resnet18.emoji', '--affect-epochs', '3'), '--affect-epochs shapes stage 1'),
+    (('--experience', 'emoreg_resnet18.emoji', '--pretrained-backbone'), '--pretrained-backbone shapes stage 1'),
     (('--experience', 'x', '--stimuli', 'emoji'), 'give one of them'),
     (('--balance', '1.5'), 'balance=1.5 is outside [0, 1]'),
     (('--balance', 'gate', '--balanced-in', 'loss'), "balance='gate' cannot be balanced in the loss"),
@@ -189,7 +265,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(run, tmp_path, folder):
     (('--rehearsal', '-1', '--stimuli', 'emoji'), 'rehearsal=-1.0 is no weight of a loss'),
     (('--rehearsal', '1'), '--rehearsal 1.0 shows --stimuli beside the images of --task emoreg: give both'),
     (('--rehearsal', '1', '--stimuli', 'emoji', '--task', 'plain'), 'beside the images of --task emoreg'),
-    (('--affect-lr-scale', '-1'), '--affect-lr-scale -1.0: expected 0 (they stay as they are) or more'),
+    (('--affect-lr-scale', '-1'), '--affect-lr-scale: expected a number, 0.0 or more, got -1'),
     (('--opt', 'sdg'), '--opt sdg, --opt-kwargs {}: '),
     (('--opt', 'muon', '--opt-kwargs', 'steps=3'), "--opt-kwargs {'steps': 3}: "),
     (('--opt-kwargs', 'ns_steps=3'), "--opt-kwargs {'ns_steps': 3}: belong to one optimizer. Give --opt, too"),
@@ -205,6 +281,31 @@ def test_flags_that_do_not_fit_are_refused(train, monkeypatch, capsys, argv, mes
         train.main()
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(('flags', 'message'), [
+    (('--model-kwargs', 'foo=1'), "--model test_resnet cannot be built so: "),
+    (('--model-kwargs', 'channels=[8,8,8,8]', '--experience', 'emoreg_resnet18.emoji'), 'cannot be built so: '),
+    (('--grad-accum-steps', 50, '--task', 'plain'), '--grad-accum-steps 50: an epoch has '),
+])
+def test_what_is_found_too_late_for_the_command_line_leaves_nothing(run, tmp_path, folder, flags, message):
+    stimuli = () if '--experience' in flags else ('--stimuli', folder)
+    status, _, err = run('--dataset', folder, *stimuli, *flags)
+    assert status == 2
+    assert err.startswith('train.py: ')
+    assert message in err
+    assert len(err.splitlines()) == 1
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(('flags', 'released'), [
+    ((), True), (('--balance', 'gate'), True), (('--stimuli-labels', 'group'), False),
+    (('--shuffle-stimuli-labels',), False), (('--affect-epochs', '3'), False), (('--pretrained-backbone',), False),
+    (('--model-kwargs', 'channels=[8,8,8,8]'), False), (('--stimuli', 'emoji'), False), (('--dataset', 'emoji'), False),
+])
+def test_a_released_stage_1_is_taken_where_nothing_asks_for_another(train, monkeypatch, flags, released):
+    monkeypatch.setattr(sys, 'argv', ['train.py', '--model', 'emoreg_resnet18', *flags])
+    assert train.shapes_stage_1(train.parse_args()) is not released
 
 
 def test_missing_data_is_named_and_leaves_nothing(run, tmp_path):

@@ -2,13 +2,15 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Callable
+from typing import Any
 
 import torch
-from timm.utils import init_distributed_device, reduce_tensor
+from timm.utils import init_distributed_device, is_primary, reduce_tensor
 from timm.utils.distributed import is_distributed_env
 from torch import Tensor
 
-__all__ = ['LaunchError', 'asked_to_stop', 'join_processes', 'lost_another', 'mean_over_processes']
+__all__ = ['LaunchError', 'asked_to_stop', 'first_decides', 'join_processes', 'lost_another', 'mean_over_processes']
 
 
 class LaunchError(ValueError):
@@ -25,11 +27,21 @@ def join_processes(args: Namespace) -> torch.device:
     except (ValueError, torch.distributed.DistError) as e:
         raise LaunchError(f'the processes cannot find each other ({str(e).splitlines()[0]}). Start them with torchrun, '
                           'or set MASTER_ADDR and MASTER_PORT, the same for all, beside what SLURM or MPI sets.') from e
-    if args.distributed:
-        names = [args.experiment]  # which may hold the second in which each process started
-        torch.distributed.broadcast_object_list(names)
-        args.experiment, = names
+    args.experiment = first_decides(lambda: args.experiment, args)  # may hold the second in which a process started
     return device
+
+
+def first_decides(decide: Callable[[], Any], args: Namespace) -> Any:
+    """What the first process decides, for all of them.
+
+    Args:
+        decide: Called in the first process only; what it gives is pickled.
+        args: Those that `join_processes` completed.
+    """
+    decided = [decide() if is_primary(args) else None]
+    if args.distributed:
+        torch.distributed.broadcast_object_list(decided)
+    return decided[0]
 
 
 def asked_to_stop(args: Namespace, received: list[int]) -> bool:

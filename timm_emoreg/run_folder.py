@@ -1,14 +1,15 @@
 """Writing into the output folder of a run: as a whole or not at all, and with one kind of error."""
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from timm.utils.summary import trim_summary
 
-__all__ = ['WriteError', 'trim', 'write_file', 'writing']
+__all__ = ['WriteError', 'chosen_once', 'remove_empty_run', 'trim', 'write_file', 'writing']
 
 
 class WriteError(OSError):
@@ -30,6 +31,22 @@ def write_file(path: Path, content: str) -> None:
     part = path.with_name(path.name + '.part')
     part.write_text(content)
     part.replace(path)
+
+
+def chosen_once(path: Path, choose: Callable[[], dict]) -> dict:
+    """What `choose` gave when it was asked first: it is kept at `path`, so that a resumed run goes by it, too."""
+    if path.is_file():
+        return json.loads(path.read_text())
+    chosen = choose()
+    with writing(path.parent):
+        write_file(path, json.dumps(chosen))
+    return chosen
+
+
+def remove_empty_run(folder: Path) -> None:
+    """Remove a run's folder that holds its settings and nothing that was trained, so that its name is free again."""
+    if folder.is_dir() and not any(folder.glob('*/*.pth.tar')):
+        shutil.rmtree(folder)
 
 
 def trim(summary: Path, epoch: int) -> None:

@@ -101,14 +101,14 @@ class Study:
         self.signals: list[int] = []
 
     def _recorded(self, run: Run) -> dict:
-        """What an earlier call wrote about the run when it started it: flags, and seconds of interrupted attempts."""
+        """What an earlier call wrote about the run when it started it."""
         path = self.folder / 'runs' / f'{run.key}.json'
         return json.loads(path.read_text()) if path.is_file() else {}
 
-    def _record(self, run: Run, seconds: float) -> None:
+    def _record(self, run: Run) -> None:
         path = self.folder / 'runs' / f'{run.key}.json'
         part = path.with_name(path.name + '.part')
-        part.write_text(json.dumps({'flags': run.flags, 'seconds': round(seconds, 1)}))
+        part.write_text(json.dumps({'flags': run.flags}))
         part.replace(path)
 
     def _result(self, run: Run) -> Path:
@@ -135,13 +135,14 @@ class Study:
         """A finished run's row, written to the csv, and its checkpoints removed."""
         path = self._result(run)
         result = json.loads(path.read_text())
+        settings = json.loads((path.parents[1] / 'args.json').read_text())
         row = {
             'key': run.key, 'arm': run.arm, 'model': run.model, 'stimuli': run.stimuli, 'target': run.target,
             'train_images': run.train_images, 'images': result['train_images'], 'seed': run.seed,
             'epochs': result['epochs'], 'best_epoch': result['best_epoch'], 'metric': result['metric'],
             'validation': result['validation'], 'test': result['test'][result['metric']],
             'balance': result['balance'], 'precision': result['precision'], 'device': result['device'],
-            'seconds': round(result['seconds'] + self._recorded(run).get('seconds', 0), 1),
+            'seconds': result['seconds'], 'commit': settings.get('commit'),
             'flags': shlex.join(run.flags)}
         name = 'stage1.csv' if run.task == 'affect' else 'results.csv'
         self.rows[name].append({k: '' if v is None else str(v) for k, v in row.items()})
@@ -156,7 +157,7 @@ class Study:
         folder, log = self.folder / 'runs' / run.key, self.folder / 'logs' / f'{run.key}.log'
         log.parent.mkdir(exist_ok=True)
         folder.parent.mkdir(exist_ok=True)
-        self._record(run, self._recorded(run).get('seconds', 0))
+        self._record(run)
         command = [sys.executable, str(self.script), '--device', self.devices[slot % len(self.devices)]]
         if (folder / 'args.json').is_file():
             command += ['--resume', str(folder)]
@@ -232,18 +233,16 @@ class Study:
                 for _, process, _ in running.values():
                     process.terminate() if stopped == 1 else process.kill()
             time.sleep(0.05)
-            for slot, (run, process, began) in list(running.items()):
+            for slot, (run, process, _) in list(running.items()):
                 if process.poll() is None:
                     continue
                 del running[slot]
-                seconds = time.monotonic() - began
                 log = self.folder / 'logs' / f'{run.key}.log'
                 if process.returncode == 0 and self._result(run).is_file():
                     row = self._take(run)
                     done.add(run.key)
                     outcome = f'{row["metric"]} {row["test"]:.4g}, {row["seconds"]:.0f} s'
                 else:
-                    self._record(run, self._recorded(run).get('seconds', 0) + seconds)
                     if self.signals:
                         continue
                     reason = log.read_text(errors='replace').strip().splitlines()[-1]

@@ -207,7 +207,7 @@ def plan(args: argparse.Namespace) -> tuple[list[Run], list[str]]:
 # -- files -------------------------------------------------------------------------------------------------------------
 
 COLUMNS = ('key', 'arm', 'model', 'stimuli', 'target', 'train_images', 'images', 'seed', 'epochs', 'best_epoch',
-           'metric', 'validation', 'test', 'balance', 'seconds', 'precision', 'device', 'flags')
+           'metric', 'validation', 'test', 'balance', 'seconds', 'precision', 'device', 'commit', 'flags')
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from .resident import EpochLoader, ResidentLoader, resident_bytes
 from .sets import DataError, ImageSet
 
-__all__ = ['TimmLoader', 'fits_in_memory', 'make_loader']
+__all__ = ['TimmLoader', 'choose_kind', 'fits_in_memory', 'make_loader']
 
 ASSUMED_FREE = 4 * 2 ** 30  # where the system does not tell: what any machine that trains has
 
@@ -137,6 +137,30 @@ class TimmLoader(EpochLoader):
             raise DataError(str(e).rsplit('DataError: ', 1)[-1].strip()) from None
 
 
+def choose_kind(
+        num_images: int,
+        size: tuple[int, int],
+        device: torch.device | str = 'cpu',
+        augment: bool = True,
+        world_size: int = 1,
+) -> str:
+    """What `make_loader` takes for 'auto': ``'resident'`` where the set fits in the memory that is free now.
+
+    Args:
+        num_images: Of the split.
+        size: Input size (H, W).
+        device: Where the batches come out.
+        augment: Whether images are cropped, as in training, from padded ones.
+        world_size: Number of processes.
+    """
+    padding = _crop_padding(size) if augment else 0
+    return 'resident' if fits_in_memory(num_images, size, padding, torch.device(device), world_size) else 'timm'
+
+
+def _crop_padding(size: tuple[int, int]) -> int:
+    return min(size) // 8
+
+
 def make_loader(
         images: ImageSet,
         size: tuple[int, int],
@@ -185,14 +209,13 @@ def make_loader(
     device = torch.device(device)
     if not augment:
         flip, cutout = 'none', 0
-    crop_padding = min(size) // 8 if training and augment else 0
     if kind == 'auto':
-        kind = 'resident' if fits_in_memory(len(images), size, crop_padding, device, world_size) else 'timm'
+        kind = choose_kind(len(images), size, device, training and augment, world_size)
     common = {
         'images': images, 'size': size, 'batch_size': batch_size, 'mean': data_config['mean'],
         'std': data_config['std'], 'training': training, 'device': device, 'flip': flip, 'cutout': cutout, 'seed': seed,
         'channels_last': channels_last, 'rank': rank, 'world_size': world_size,
     }
     if kind == 'resident':
-        return ResidentLoader(crop_padding=crop_padding, **common)
+        return ResidentLoader(crop_padding=_crop_padding(size) if training and augment else 0, **common)
     return TimmLoader(augment=augment, workers=workers, **common)
