@@ -5,10 +5,10 @@ import pytest
 import torch
 from scipy import stats
 
-from timm_emoreg import study_table
+from timm_emoreg import study, study_table
 from timm_emoreg.data import ImageSet, Splits, Target
 from timm_emoreg.study_grid import COLUMNS, StudyError, read_rows, write_rows
-from timm_emoreg.study_table import compare, controls, read_settings, write_table
+from timm_emoreg.study_table import compare, controls, make_table, read_settings, write_table
 
 TESTS = {'plain': (66.0, 65.0, 67.0), 'init': (68.0, 66.0, 68.5), 'regulated': (70.0, 67.0, 71.0),
          'random': (65.0, 64.5, 66.0), 'shuffled': (66.5, 65.0, 67.5), 'regulated:learned': (66.0,)}
@@ -40,6 +40,12 @@ def folder(tmp_path):
     return write_runs(tmp_path)
 
 
+def tables(folder, **options):
+    text, rows = make_table(folder, read_settings(folder), **options)
+    write_table(folder, text, rows)
+    return text
+
+
 def test_arms_come_in_their_order_and_plain_belongs_to_every_setting(folder):
     write_run(folder, 'init', 0, 70.0, 'ferplus')
     emoji, ferplus = read_settings(folder)
@@ -53,12 +59,22 @@ def test_plain_alone_is_a_setting(tmp_path):
     write_run(tmp_path, 'plain', 0, 66.0, images='all')
     setting, = read_settings(tmp_path)
     assert setting.title == 'resnet10t: cifar10, all training images'
-    assert '| plain | 1 | 66.00 | 67.00 |  |  | 5 |' in write_table(tmp_path)
+    assert '| plain | 1 | 66.00 | 67.00 |  |  | 5 |' in tables(tmp_path)
+
+
+def test_tables_of_some_seeds_write_nothing(folder, capsys):
+    assert sorted(read_settings(folder, [1, 2, 7])[0].arms['plain']) == [1, 2]
+    with pytest.raises(StudyError, match=r'results\.csv: no finished run with a seed of 7, 8 yet'):
+        read_settings(folder, [7, 8])
+    before = set(folder.rglob('*'))
+    assert study.main(['table', '--output', str(folder), '--seeds', '2', '1']) == 0
+    assert '| plain | 2 |' in capsys.readouterr().out
+    assert set(folder.rglob('*')) == before
 
 
 def test_nothing_finished_is_said(tmp_path):
     with pytest.raises(StudyError, match=r'results\.csv: no finished run yet\. Start some'):
-        write_table(tmp_path)
+        tables(tmp_path)
 
 
 @pytest.mark.parametrize(('arm', 'expected'), [
@@ -94,13 +110,13 @@ def test_images_are_counted_seed_by_seed(tmp_path):
     assert found.pairs == ((0, 3, 1), (1, 1, 1))
     assert (found.won, found.lost) == (4, 2)
     assert found.mcnemar_p == pytest.approx(stats.binomtest(4, 6).pvalue)
-    write_table(tmp_path)
+    tables(tmp_path)
     row = next(row for row in read_rows(tmp_path / 'table.csv') if row['versus'] == 'plain')
     assert (row['won'], row['lost'], row['won_lost_by_seed']) == ('4', '2', '0:3/1 1:1/1')
 
 
 def test_the_tables(folder):
-    text = write_table(folder)
+    text = tables(folder)
     assert text == (folder / 'table.md').read_text()
     assert '| plain | 3 | 66.00 ± 1.00 | 67.00 ± 1.00 |  |  | 15 |' in text
     expected = stats.ttest_rel(TESTS['regulated'], TESTS['plain'])
@@ -131,7 +147,7 @@ def test_accuracy_without_copies(tmp_path, monkeypatch):
     labels = parts[2].targets.tolist()
     wrong = [(label, label if i != 5 else 1 - label) for i, label in enumerate(labels)]  # test image 5 is the copy
     write_run(tmp_path, 'plain', 0, 100 * 14 / 15, images='all', predictions=wrong)
-    text = write_table(tmp_path, duplicates=True)
+    text = tables(tmp_path, duplicates=True)
     assert '| resnet10t: cifar10, all training images | plain | 1.0 | 1.0 | 93.33 | 100.00 |' in text
     write_run(tmp_path, 'plain', 0, 60.0, images='4', predictions=wrong[1:])  # of another test set
-    assert 'training images | plain | 0.0 | 0.0 | 60.00 | n/a |' in write_table(tmp_path, duplicates=True)
+    assert 'training images | plain | 0.0 | 0.0 | 60.00 | n/a |' in tables(tmp_path, duplicates=True)

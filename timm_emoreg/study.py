@@ -44,7 +44,7 @@ from .data import STIMULI, TARGETS, DataError
 from .data.choices import unknown_choice
 from .study_grid import ARMS, COLUMNS, RESERVED, Run, StudyError, images_seen, plan, read_rows, write_rows
 from .study_plots import draw_forest, draw_learning_curves
-from .study_table import read_settings, write_table
+from .study_table import make_table, read_settings, write_table
 
 __all__ = ['Study', 'hold', 'main']
 
@@ -293,6 +293,7 @@ def _parser() -> argparse.ArgumentParser:
     table = commands.add_parser('table', help='table.md, table.csv, forest.png and curves.png of what is finished')
     table.add_argument('--duplicates', action='store_true',
                        help='test images with a near copy among the training images, and accuracy without them')
+    table.add_argument('--seeds', nargs='+', type=int, help='print the table of these seeds only, and write nothing')
     for command in (run, table):
         command.add_argument('--output', type=Path, required=True, metavar='DIR', help="the study's folder")
         command.add_argument('--data-dir', help='data sets (default: $EMOREG_DATA, ~/.cache/emoreg-data)')
@@ -367,8 +368,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.command == 'run':
             return _run(args)
-        print(write_table(args.output, args.data_dir, args.duplicates))
-        settings = read_settings(args.output)
+        settings = read_settings(args.output, args.seeds)
+        text, rows = make_table(args.output, settings, args.data_dir, args.duplicates)
+        print(text)
+        if args.seeds is not None:
+            return 0
+        write_table(args.output, text, rows)
         draw_forest(args.output, settings, args.output / 'forest.png')
         draw_learning_curves(args.output, settings, args.output / 'curves.png')
         return 0

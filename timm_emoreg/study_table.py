@@ -15,7 +15,7 @@ from .data.duplicates import NEAR, copies
 from .statistics import Difference, holm, mcnemar, mean_sd, paired_difference
 from .study_grid import ARMS, StudyError, read_rows, write_rows
 
-__all__ = ['Comparison', 'Setting', 'compare', 'controls', 'read_settings', 'write_table']
+__all__ = ['Comparison', 'Setting', 'compare', 'controls', 'make_table', 'read_settings', 'write_table']
 
 
 class Setting(NamedTuple):
@@ -39,15 +39,21 @@ def _order(arm: str) -> tuple:
     return list(ARMS).index(base), arm
 
 
-def read_settings(folder: Path) -> list[Setting]:
+def read_settings(folder: Path, seeds: Sequence[int] | None = None) -> list[Setting]:
     """The finished runs of a study; `plain`, which has no stimuli, is in the setting of each.
+
+    Args:
+        folder: Of the study.
+        seeds: The ones to look at, None for all.
 
     Raises:
         StudyError: If there are none.
     """
-    rows = read_rows(folder / 'results.csv')
+    rows = [row for row in read_rows(folder / 'results.csv') if seeds is None or int(row['seed']) in seeds]
     if not rows:
-        raise StudyError(f'{folder / "results.csv"}: no finished run yet. Start some: python -m timm_emoreg.study run')
+        which = '' if seeds is None else f' with a seed of {", ".join(map(str, seeds))}'
+        raise StudyError(f'{folder / "results.csv"}: no finished run{which} yet. Start some: python -m '
+                         'timm_emoreg.study run')
     places = {(row['model'], row['stimuli'], row['target'], row['train_images']): None for row in rows}
     with_stimuli = {(model, target, images) for model, stimuli, target, images in places if stimuli}
     settings = []
@@ -258,26 +264,30 @@ def _setting_table(folder: Path, setting: Setting) -> tuple[str, list[dict]]:
     return '\n'.join(text), rows
 
 
-def write_table(folder: Path, data_dir: str | None = None, duplicates: bool = False) -> str:
-    """Write table.md and table.csv of a study's finished runs, and give the markdown.
+def make_table(folder: Path, settings: Sequence[Setting], data_dir: str | None = None,
+               duplicates: bool = False) -> tuple[str, list[dict]]:
+    """The tables of a study's finished runs, as markdown and as the rows of table.csv.
 
     Args:
         folder: Of the study.
+        settings: What `read_settings` gives.
         data_dir: Data sets, for the duplicates.
         duplicates: Report test images with a copy among the training images, too.
 
     Raises:
-        StudyError: If no run is finished.
         DataError: If the data for the duplicates is not there.
         ImportError: Without scipy.
     """
-    settings = read_settings(folder)
     tables = [_setting_table(folder, setting) for setting in settings]
     text = '\n'.join(['# Study\n', NOTES, *(table for table, _ in tables)])
     if duplicates:
         text += '\n' + _duplicates(folder, settings, data_dir)
+    return text, [row for _, rows in tables for row in rows]
+
+
+def write_table(folder: Path, text: str, rows: Iterable[dict]) -> None:
+    """Write table.md and table.csv, each as a whole or not at all."""
     part = folder / 'table.md.part'
     part.write_text(text)
     part.replace(folder / 'table.md')
-    write_rows(folder / 'table.csv', [row for _, rows in tables for row in rows], COLUMNS)
-    return text
+    write_rows(folder / 'table.csv', rows, COLUMNS)
