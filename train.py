@@ -484,6 +484,7 @@ def run_stage(args, task_name: str, splits, device, experience: Experience | Non
     weight_decay = usual_decay if args.weight_decay is None else args.weight_decay
     opt_kwargs = args.opt_kwargs or (MUON if opt == 'muon' else {})
     updates = len(train_loader) // args.grad_accum_steps
+    recipe = {'batch_size': whole_batch, 'opt': opt, 'lr': lr, 'weight_decay': weight_decay, 'opt_kwargs': opt_kwargs}
     optimizer = create_optimizer_v2(model, opt=opt, lr=lr, weight_decay=weight_decay, momentum=args.momentum,
                                     layer_decay=args.layer_decay, **opt_kwargs)
     if task_name == 'emoreg' and args.affect_lr_scale != 1:
@@ -571,7 +572,8 @@ def run_stage(args, task_name: str, splits, device, experience: Experience | Non
     best = unwrap_model(task.get_eval_model(ema=ema))
     result = {
         'task': task_name, 'model': args.model, 'form': form, 'img_size': args.img_size, 'data': splits.name,
-        'train_images': len(splits.train), 'seed': args.seed, 'epochs': epochs, 'best_epoch': state['epoch'] + 1,
+        'train_images': len(splits.train), 'seed': args.seed, 'epochs': epochs, 'start_img_size': args.start_img_size,
+        'recipe': recipe, 'best_epoch': state['epoch'] + 1,
         'metric': metric, 'validation': state['metric'], 'test': dict(test),
         'balance': best.balance if task_name == 'emoreg' else None,
         'experience': experience.source if experience else None,

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -9,6 +10,7 @@ from timm_emoreg import zoo
 from timm_emoreg.card_lint import lint_card
 from timm_emoreg.cards import make_card, make_config, make_table
 from timm_emoreg.hub import check
+from timm_emoreg.terms import licence_terms
 
 
 @pytest.fixture(params=['emoji', 'ferplus', 'oasis', 'nemo', 'emoji_ft_cifar10', 'ferplus_ft_cifar100'])
@@ -45,6 +47,26 @@ def test_made_cards_are_good(weight):
 def test_stimuli_of_unknown_terms(make_record):
     with pytest.raises(ValueError, match='nothing is known of the terms'):
         make_card(make_record(stimuli='holidays'))
+
+
+@pytest.mark.parametrize(('stimuli', 'target', 'words'), [
+    ('emoji', 'oasis', 'the stimuli emoji demand cc-by-sa-4.0, the target oasis demands research-use-only-oasis'),
+    ('nemo', 'oasis', 'the stimuli nemo demand cc-by-nc-sa-4.0, the target oasis demands research-use-only-oasis'),
+])
+def test_terms_that_contradict(make_record, stimuli, target, words):
+    weight = make_record(stimuli=stimuli, target=target)
+    words = f'{weight.name}: {words}. No licence is sure to fulfil both, so such a weight cannot be released.'
+    with pytest.raises(ValueError, match=re.escape(words)):
+        make_card(weight)
+
+
+@pytest.mark.parametrize(('stimuli', 'target', 'licence'), [
+    ('emoji', 'emoji', 'cc-by-sa-4.0'), ('nemo', 'cifar100', 'cc-by-nc-sa-4.0'),
+    ('ferplus', 'oasis', 'research-use-only-ferplus'), ('oasis', 'oasis', 'research-use-only-oasis'),
+])
+def test_terms_of_stimuli_and_target(make_record, stimuli, target, licence):
+    terms = licence_terms(make_record(stimuli=stimuli, target=target))
+    assert (terms.licence_name or terms.licence) == licence
 
 
 def test_base_model_of_timm(make_record):

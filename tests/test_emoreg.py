@@ -1,6 +1,7 @@
 """EmoReg: the invariants of the method, everything one does with a timm model, and the errors."""
 import copy
 import pickle
+import re
 
 import pytest
 import timm
@@ -580,6 +581,64 @@ def test_checkpoint_of_another_architecture_is_named(tmp_path):
     with pytest.raises(ValueError, match='another architecture or form'):
         timm.create_model('emoreg', pretrained=True, backbone='test_resnet', num_classes=5,
                           pretrained_cfg_overlay={'file': str(tmp_path / 'vit.pth'), 'num_classes': 5})
+
+
+SMALL = {'small_image': True, 'num_affect': 1, 'affect_kind': 'ratings'}
+
+
+def new(backbone, **kwargs):
+    return timm.create_model('emoreg', backbone=backbone, num_classes=kwargs.pop('num_classes', 5), device='meta',
+                             **kwargs)
+
+
+@pytest.mark.parametrize(('backbone', 'theirs', 'ours', 'has', 'needs'), [
+    ('resnet18', SMALL, {}, 'num_affect=1, small_image=True', 'num_affect=8, small_image=False'),
+    ('resnet18', {}, SMALL, 'num_affect=8, small_image=False', 'num_affect=1, small_image=True'),
+    ('resnet18', {'num_classes': 0}, {'in_chans': 1}, 'num_classes=0, in_chans=3', 'num_classes=5, in_chans=1'),
+    ('resnet18', {'experience': 'separate', 'small_image': True}, {'experience': 'separate'},
+     'small_image=True', 'small_image=False'),
+    ('vit_tiny_patch16_224', SMALL, {}, 'num_affect=1, small_image=True, img_size=32',
+     'num_affect=8, small_image=False'),
+    ('vit_tiny_patch16_224', {'small_image': True, 'img_size': 48}, {'small_image': True},
+     'img_size=48', 'img_size=32'),
+    ('vit_tiny_patch16_224', {}, {'small_image': True}, 'small_image=False', 'small_image=True'),
+    ('test_convnext', {'num_affect': 2, 'balance': 'gate'}, {'balance': 'gate'}, 'num_affect=2', 'num_affect=8'),
+])
+def test_checkpoint_of_another_form_names_the_arguments(backbone, theirs, ours, has, needs):
+    state, model = new(backbone, **theirs).state_dict(), new(backbone, **ours)
+    affect = ', also its affect_kind, which no tensor tells' if 'num_affect' in has else ''
+    message = re.escape(f'The checkpoint is of another form than the model: it has {has}, the model {needs}. Build the '
+                        f"model with the checkpoint's arguments{affect}.")
+    for strict in (True, False):  # as torch does
+        with pytest.raises(RuntimeError, match=f'^{message}$'):
+            model.load_state_dict(state, strict=strict)
+    wrapped = torch.nn.ModuleDict({'module': model})  # as DistributedDataParallel does
+    with pytest.raises(RuntimeError, match=f'^{message}$'):
+        wrapped.load_state_dict({f'module.{name}': tensor for name, tensor in state.items()})
+
+
+@pytest.mark.parametrize(('theirs', 'ours', 'found'), [
+    ('resnet50', 'resnet18', r"'backbone.layer1.0.conv1.weight' has the shape \(64, 64, 1, 1\), the model needs "
+                             r'\(64, 64, 3, 3\)'),
+    ('vit_small_patch16_224', 'vit_tiny_patch16_224', r"'backbone.cls_token' has the shape \(1, 1, 384\)"),
+    ('vit_tiny_patch16_384', 'vit_tiny_patch16_224', r"'backbone.pos_embed' has the shape \(1, 577, 192\)"),
+])
+def test_checkpoint_of_another_backbone_names_a_tensor(theirs, ours, found):
+    with pytest.raises(RuntimeError, match=f'another architecture or form than the model: its {found}.*Build the model '
+                                           'that it was saved from: the same backbone, small_image, img_size and num_'):
+        new(ours, num_classes=3).load_state_dict(new(theirs).state_dict())
+
+
+def test_other_misfits_of_a_checkpoint_are_left_to_torch():
+    model, state = create(num_classes=5), create(num_classes=5).state_dict()
+    part = {name: tensor for name, tensor in state.items() if name != 'head.bias'}
+    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "head.bias"'):
+        model.load_state_dict(part)
+    assert model.load_state_dict({**part, 'x': torch.zeros(1)}, strict=False) == (['head.bias'], ['x'])
+    with pytest.raises(RuntimeError, match=r'size mismatch for head\.weight'):  # no checkpoint of an EmoReg
+        model.load_state_dict({'head.weight': torch.zeros(3, 64)}, strict=False)
+    with pytest.raises(TypeError, match='Expected state_dict to be dict-like'):
+        model.load_state_dict(None)
 
 
 def test_bare_checkpoints_of_families_with_other_classifiers():

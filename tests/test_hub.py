@@ -2,11 +2,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from unittest import mock
 
 import loopback_hub
@@ -24,6 +27,7 @@ from timm_emoreg.release import ROOT, HubError, build
 from timm_emoreg.zoo import HUB_FILE, read_records, write_records
 
 NAME = 'emoreg_resnet18.emoji'
+STAGE_2 = 'emoreg_resnet18.emoji_ft_emoji'
 COMMIT = 'a' * 40
 X = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
@@ -59,7 +63,8 @@ def home(tmp_path):
 def run(tmp_path, tiny):
     """Writes what train.py leaves of a stage, with a model that was never trained."""
     def write(task='affect', seed=0, validation=0.5, test=0.4, model='emoreg_resnet18', more=(),
-              change=lambda state: None, experience=None, folder=None, names=('valence',), kind='ratings'):
+              change=lambda state: None, experience=None, folder=None, names=('valence',), kind='ratings', noted=(),
+              recipe=None):
         folder = folder or tmp_path / f'{task}-{model}-{seed}'
         command = ['--model', model, '--task', task, '--seed', str(seed), '--output', str(tmp_path), *more]
         command += ['--experience', str(experience)] if experience else []
@@ -68,12 +73,13 @@ def run(tmp_path, tiny):
         args = settings(*command)
         out = folder / task
         out.mkdir(parents=True)
-        (folder / 'args.json').write_text(json.dumps(args))
+        (folder / 'args.json').write_text(json.dumps({**args, **dict(noted)}))
         metric = 'top1' if task != 'affect' else 'ccc'
         (out / 'result.json').write_text(json.dumps({
             'task': task, 'model': model, 'form': 'small', 'img_size': 32, 'data': 'emoji', 'metric': metric,
-            'validation': validation, 'seed': seed, 'seconds': 2.0, 'experience': str(experience),
-            'test': {'loss': 1.0, metric: test, f'{metric}_valence': test, 'rmse': 0.7}}))
+            'validation': validation, 'seed': seed, 'seconds': 2.0, 'experience': experience and str(experience),
+            'test': {'loss': 1.0, metric: test, f'{metric}_valence': test, 'rmse': 0.7},
+            **({'recipe': recipe} if recipe else {})}))
         if task != 'plain':
             torch.manual_seed(seed)
             net = EmoReg(timm_emoreg.BACKBONES[model], num_classes=0 if task == 'affect' else 9, num_affect=len(names),
@@ -140,6 +146,7 @@ def test_build_into_the_package_and_back(run, home):
 
 def test_build_of_stage_2_with_its_baseline(run, home):
     stage_1 = run()
+    build(NAME, [stage_1], home=home, commit=COMMIT)
     results = [run('emoreg', seed=s, test=60 + s, experience=stage_1.parent, more=['--balance', '0.3']) for s in (0, 1)]
     plain = [run('plain', seed=s, test=50 + s) for s in (0, 1, 2)]
     weight = build('emoreg_resnet18.emoji_ft_emoji', results, plain, home=home, commit=COMMIT)
@@ -207,10 +214,178 @@ def test_build_refuses(run, home, runs, words):
     assert not (home / 'hub_cards').exists()
 
 
-def test_build_refuses_another_baseline(run, home):
-    for other, words in ((run('plain', model='emoreg_vit_tiny'), 'not the plain baseline'), (run(), 'not the plain')):
-        with pytest.raises(HubError, match=words):
-            build(NAME, [run(seed=5, folder=home.parent / words / other.parent.name)], [other], home=home)
+@pytest.fixture
+def stage_2(run, built):
+    """Writes a run of stage 2 that started from the released stage 1."""
+    return lambda **changes: run('emoreg', **{'experience': NAME, **changes})
+
+
+@pytest.mark.parametrize(('other', 'words'), [
+    ({'model': 'emoreg_vit_tiny'}, 'is not the plain baseline of emoreg_resnet18 on emoji: it is plain of '
+                                   r'emoreg_vit_tiny on emoji\. Give runs of --task plain'),
+    ({'task': 'affect', 'seed': 1}, r'it is affect of emoreg_resnet18 on emoji\. Give runs of --task plain'),
+    ({'experience': NAME}, f'is not the plain baseline: it started from the experience {NAME}\\. '
+                           'Train it without --experience and --stimuli'),
+    ({'more': ['--epochs', '3', '--lr', '0.1']},
+     r"plain-.* is not the plain baseline of the same recipe as .*emoreg-.*: epochs 3 \(there 8\), lr 0\.1 "
+     r"\(there None\)\. Train the plain backbone with the weight's flags"),
+    ({'noted': {'start_img_size': 16}}, r'start_img_size 16 \(there None\)'),
+])
+def test_build_refuses_another_baseline(run, stage_2, home, other, words):
+    result = stage_2()
+    args = result.parents[1] / 'args.json'
+    older = json.loads(args.read_text())
+    del older['start_img_size']  # as written by a train.py that had no such flag
+    args.write_text(json.dumps(older))
+    with pytest.raises(HubError, match=words):
+        build(STAGE_2, [result], [run(**{'task': 'plain', **other})], home=home)
+
+
+def test_a_baseline_may_differ_in_what_it_does_not_have(run, stage_2, home):
+    more = ['--balance', '0.3', '--balanced-in', 'loss', '--keep-affect', '0.1', '--lr', '0.02', '--rehearsal',
+            '0.2', '--stimuli', 'emoji', '--stimuli-labels', 'valence', '--affect-lr-scale', '0.5']
+    noted = {'affect_epochs': 3, 'commit': COMMIT}
+    plain = run('plain', more=['--lr', '0.02', '--no-modulation', '--separate-experience'], noted={'commit': 'c' * 40})
+    args = json.loads((plain.parents[1] / 'args.json').read_text())
+    del args['rehearsal'], args['affect_lr_scale']
+    (plain.parents[1] / 'args.json').write_text(json.dumps(args))
+    weight = build(STAGE_2, [stage_2(more=more, noted=noted)], [plain], home=home)
+    assert weight.baseline['top1']['n'] == 1
+
+
+def test_a_default_may_be_spelled_out(run, stage_2, home):
+    recipe = {'batch_size': 64, 'opt': 'muon', 'lr': 0.02, 'weight_decay': 0.01, 'opt_kwargs': {'ns_steps': 3}}
+    plain = run('plain', more=['-b', '64', '--opt', 'muon', '--lr', '0.02'], recipe=recipe)
+    assert build(STAGE_2, [stage_2(recipe=recipe)], [plain], home=home).baseline['top1']['n'] == 1
+    with pytest.raises(HubError, match=r'lr 0\.02 \(there 0\.03\)\. Train the plain backbone'):
+        build(STAGE_2, [stage_2(seed=1, recipe={**recipe, 'lr': 0.03})], [plain], home=home)
+
+
+def test_the_released_run_says_its_commit(run, home):
+    first, best = ({'commit': letter * 40} for letter in 'cd')
+    results = [run(seed=1, validation=0.5, noted=first), run(seed=2, validation=0.6, noted=best)]
+    assert build(NAME, results, home=home).commit == 'd' * 40
+    assert build(NAME, results, home=home, commit=COMMIT).commit == COMMIT
+    assert build(NAME, [run(seed=3)], home=home).commit == 'unknown'  # this home is no checkout
+
+
+# -- stage 1 of a stage 2 ----------------------------------------------------------------------------------------------
+
+
+def test_stage_2_from_a_tag_is_what_its_record_says(stage_2, home):
+    weight = build(STAGE_2, [stage_2()], home=home, commit=COMMIT)
+    assert (weight.base, weight.stimuli_labels, weight.affect_names) == (NAME, 'valence', ('valence',))
+    assert f'--experience {NAME} ' in weight.recipe
+
+
+def test_stage_2_from_a_path_needs_the_released_weights(run, stage_2, built, home, tmp_path):
+    same = run(folder=tmp_path / 'same').parent
+    assert build(STAGE_2, [stage_2(experience=same)], home=home, commit=COMMIT).base == NAME
+    other = run(seed=7, folder=tmp_path / 'other').parent
+    result = stage_2(experience=other, folder=tmp_path / 'from-other')
+    words = (f'{result}: its experience {other} is not the released {NAME}, which its card would name. Release its '
+             f'stage 1 first: build {NAME} from that run, or train with --experience {NAME}.')
+    with pytest.raises(HubError, match=re.escape(words)):
+        build(STAGE_2, [result], home=home, commit=COMMIT)
+    with pytest.raises(HubError, match='is not the released'):
+        build(STAGE_2, [stage_2(folder=tmp_path / 'tag')], home=home, commit=COMMIT, experience=str(other))
+    assert build(STAGE_2, [result], home=home, commit=COMMIT, experience=str(same)).base == NAME
+    build(NAME, [other], home=home, commit=COMMIT)
+    assert build(STAGE_2, [result], home=home, commit=COMMIT).base == NAME
+
+
+def test_stage_2_before_its_stage_1(run, home):
+    with pytest.raises(HubError, match=f'is not the released {NAME}, .* Release its stage 1 first'):
+        build(STAGE_2, [run('emoreg', experience=run().parent)], home=home, commit=COMMIT)
+
+
+@pytest.mark.parametrize('damage', [lambda file: file.unlink(), lambda file: file.write_bytes(b'')])
+def test_stage_1_that_is_only_on_the_hub(hub, run, stage_2, built, home, tmp_path, monkeypatch, damage):
+    monkeypatch.setitem(zoo.WEIGHTS, NAME, publish(NAME, home, push=True, token=loopback_hub.TOKEN))
+    damage(home / 'hub_cards' / NAME / HUB_FILE)
+    result = stage_2(experience=run(folder=tmp_path / 'same').parent)
+    assert build(STAGE_2, [result], home=home, commit=COMMIT).base == NAME
+    result = stage_2(experience=run(seed=7).parent, folder=tmp_path / 'from-other')
+    with pytest.raises(HubError, match='is not the released'):
+        build(STAGE_2, [result], home=home, commit=COMMIT)
+
+
+def test_stage_2_of_lost_or_no_stage_1(run, stage_2, home, tmp_path):
+    stage_1 = run(seed=7).parent
+    result = stage_2(experience=stage_1)
+    shutil.move(stage_1.parent, tmp_path / 'moved')
+    with pytest.raises(HubError, match=rf'{stage_1} is neither in .*weights\.json nor a file or folder here\. Say '
+                                       'with --experience where it lies now'):
+        build(STAGE_2, [result], home=home)
+    build(NAME, [tmp_path / 'moved' / 'affect'], home=home, commit=COMMIT)
+    assert build(STAGE_2, [result], home=home, commit=COMMIT, experience=str(tmp_path / 'moved')).base == NAME
+    with pytest.raises(HubError, match=r'was trained with --experience none, so it is a control .* Train it from a '
+                                       'released stage 1'):
+        build(STAGE_2, [stage_2(experience='none', folder=tmp_path / 'none')], home=home)
+    build(STAGE_2, [result], home=home, commit=COMMIT, experience=NAME)
+    with pytest.raises(HubError, match=f'its experience {STAGE_2} is not the released {NAME}'):
+        build(STAGE_2, [stage_2(experience=STAGE_2, folder=tmp_path / 'of-stage-2')], home=home)
+
+
+def test_seeds_of_one_stage_2_have_one_stage_1(run, stage_2, home, tmp_path):
+    other = run(seed=7, folder=tmp_path / 'other').parent
+    with pytest.raises(HubError, match=rf"another recipe .*: experience '{other}' \(there '{NAME}'\)\. Only seeds"):
+        build(STAGE_2, [stage_2(validation=0.9), stage_2(seed=1, experience=other)], home=home)
+
+
+@pytest.mark.parametrize(('more', 'words'), [
+    (['--shuffle-stimuli-labels'], 'had shuffled labels, so it is a control of the study and no weight to release. '
+                                   'Train on affective labels: leave --shuffle-stimuli-labels out.'),
+    (['--stimuli-labels', 'rotation'], "had the labels 'rotation', so it is a control of the study and no weight to "
+                                       'release. Train on affective labels: leave --stimuli-labels out.'),
+    (['--stimuli-labels', 'group'], "had the labels 'group', so it is a control"),
+    (['--stimuli', 'oasis', '--stimuli-labels', 'category'], "had the labels 'category', so it is a control"),
+    (['--stimuli', 'nemo', '--stimuli-labels', 'speaker'], "had the labels 'speaker', so it is a control"),
+])
+def test_controls_are_not_released(run, built, home, tmp_path, more, words):
+    stage_1 = run(more=more, folder=tmp_path / 'control')
+    noted = {key: settings(*more)[key] for key in ('stimuli', 'stimuli_labels', 'shuffle_stimuli_labels')}
+    beside = run('emoreg', experience=stage_1.parent, noted=noted)  # as train.py leaves both stages
+    after = run('emoreg', experience=stage_1.parent, folder=tmp_path / 'after')
+    for name, result, where in ((NAME, stage_1, stage_1), (STAGE_2, beside, beside),
+                                (STAGE_2, after, stage_1.with_name('model_best.pth.tar'))):
+        with pytest.raises(HubError, match=re.escape(f'{where}: its stage 1 {words}')):
+            build(name, [result], home=home)
+
+
+def test_rehearsal_is_in_the_recipe(stage_2, home, tmp_path):
+    more = ['--rehearsal', '0.5', '--stimuli', 'emoji', '--stimuli-labels', 'valence']
+    result = stage_2(more=more)
+    weight = build(STAGE_2, [result], home=home, commit=COMMIT)
+    again, args = (settings(*shlex.split(weight.recipe)[2:]), json.loads((result.parents[1] / 'args.json').read_text()))
+    assert {k for k in again if again[k] != args[k]} <= {'output', 'experiment'}
+    more[3] = 'oasis'
+    with pytest.raises(HubError, match=r"rehearsed the stimuli 'oasis', and its stage 1 showed 'emoji'; its card would "
+                                       r'name these only\. Train with --stimuli emoji'):
+        build(STAGE_2, [stage_2(more=more, folder=tmp_path / 'oasis')], home=home)
+
+
+def test_recipe_of_stage_1_of_a_run_of_both(run, home):
+    more = ['--rehearsal', '0.5', '--stimuli', 'emoji', '--keep-affect', '0.1', '--affect-lr-scale', '0.1']
+    result = run(noted={**settings(*more), 'task': 'emoreg'})
+    recipe = build(NAME, [result], home=home, commit=COMMIT).recipe
+    assert recipe == 'python train.py --model emoreg_resnet18 --task affect --stimuli emoji --seed 0'
+
+
+def test_recipe_of_stage_2_names_no_backbone_of_stage_1(run, home):
+    stage_1 = run(more=['--pretrained-backbone'])
+    assert build(NAME, [stage_1], home=home, commit=COMMIT).base.startswith('test_resnet.')
+    result = run('emoreg', experience=stage_1.parent, noted={'pretrained_backbone': True, 'experience': None})
+    recipe = build(STAGE_2, [result], home=home, commit=COMMIT).recipe
+    assert settings(*shlex.split(recipe)[2:])['experience'] == NAME
+    assert '--pretrained-backbone' not in recipe
+
+
+def test_build_from_within_the_folder_of_a_run(run, home, monkeypatch):
+    monkeypatch.chdir(run().parent)
+    build(NAME, [Path('result.json')], home=home, commit=COMMIT)
+    result = run('emoreg', experience='model_best.pth.tar')
+    assert build(STAGE_2, [result], home=home, commit=COMMIT).base == NAME
 
 
 def test_published_commit_stays_with_its_bytes(run, home, built):
@@ -219,26 +394,6 @@ def test_published_commit_stays_with_its_bytes(run, home, built):
     assert same.hub_commit == 'b' * 40
     other = build(NAME, [run(seed=8)], home=home, commit=COMMIT)
     assert other.hub_commit is None
-
-
-def test_commit_of_the_project(tmp_path):
-    def git(*command):
-        subprocess.run(['git', '-C', str(tmp_path), '-c', 'user.name=n', '-c', 'user.email=e', *command], check=True,
-                       capture_output=True)
-    assert release.project_commit(tmp_path) == 'unknown'
-    git('init', '-q')
-    assert release.project_commit(tmp_path) == 'unknown'
-    (tmp_path / 'timm_emoreg' / 'assets').mkdir(parents=True)
-    (tmp_path / 'train.py').write_text('1')
-    git('add', '.')
-    git('commit', '-qm', 'm')
-    commit = release.project_commit(tmp_path)
-    assert len(commit) == 40
-    (tmp_path / 'timm_emoreg' / 'assets' / 'weights.json').write_text('[]')
-    (tmp_path / 'README.md').write_text('')
-    assert release.project_commit(tmp_path) == commit  # neither records nor texts train a weight
-    (tmp_path / 'train.py').write_text('2')
-    assert release.project_commit(tmp_path) == f'{commit}-dirty'
 
 
 def test_from_training_to_the_hub(hub, tiny, home, tmp_path, monkeypatch):
@@ -332,7 +487,7 @@ def test_dry_run_shows_everything_and_sends_nothing(hub, built, home, capsys):
 def test_publish_refuses_a_dirty_record(hub, run, home, commit):
     build(NAME, [run()], home=home, commit=commit or 'unknown')
     alter(home, commit=commit)
-    with pytest.raises(HubError, match='the record is dirty'):
+    with pytest.raises(HubError, match=r'the record is dirty: .* train it in a clean checkout, or name the commit'):
         publish(NAME, home, push=True, token=loopback_hub.TOKEN)
     assert not hub.requests
 

@@ -623,7 +623,7 @@ def test_stem_that_does_not_fit(shelf, classes, monkeypatch):
 def test_small_image_that_does_not_fit(shelf, monkeypatch):
     monkeypatch.setitem(emoreg_resnet.BACKBONES, 'emoreg_resnet18', 'resnet18')
     record, _ = shelf(target='cifar10')
-    with pytest.raises(WeightMismatch, match=r'small_image=False: it needs small_image=True \(.*backbone\.conv1'):
+    with pytest.raises(WeightMismatch, match=r'small_image=False: it needs small_image=True \(.*has small_image=True'):
         timm.create_model(record.name, pretrained=True, small_image=False)
 
 
@@ -652,6 +652,27 @@ def test_sources_of_the_caller_are_not_second_guessed(shelf, tmp_path):
             timm.create_model('emoreg_resnet18', pretrained=True,
                               pretrained_cfg_overlay={'state_dict': own, 'num_classes': 3}, **form)):
         assert torch.allclose(model.eval()(X), expected(X) + 0.5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(('architecture', 'target', 'classes'), [
+    ('emoreg_resnet18', 'cifar10', 3), ('emoreg_resnet18', 'cifar10', 7), ('emoreg_vit_tiny', None, 7)])
+def test_checkpoint_of_a_weight_comes_back_by_its_tag(shelf, tmp_path, monkeypatch, architecture, target, classes):
+    monkeypatch.setitem(emoreg_resnet.BACKBONES, 'emoreg_resnet18', 'resnet18')
+    record, _ = shelf(architecture, target=target, embedded=True, default=True)
+    with pytest.warns(NewHeadsWarning) if classes == 7 else warnings.catch_warnings():
+        model = timm.create_model(architecture, pretrained=True, num_classes=classes).eval()
+    path = tmp_path / 'own.pth'
+    torch.save({'state_dict': model.state_dict()}, path)
+    (tmp_path / record.file).unlink()  # the name alone says the form
+    for arguments in ({'model_name': record.name}, timm.models.resolve_model_input_args(record.name)):  # timm's scripts
+        again = timm.create_model(**arguments, num_classes=classes, checkpoint_path=str(path)).eval()
+        assert torch.equal(again(X), model(X))
+        assert again.pretrained_cfg['input_size'] == (3, 32, 32)
+        assert again.affect_kind == 'ratings'
+    with pytest.raises(RuntimeError, match='it has num_affect=1.*, the model num_affect=8.*'
+                       rf"affect_kind.*timm.create_model\('{record.name}', num_classes={classes}\) has this form\.$"):
+        timm.create_model(architecture, num_classes=classes, checkpoint_path=str(path))
 
 
 @torch.no_grad()

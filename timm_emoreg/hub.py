@@ -129,7 +129,8 @@ def publish(name: str, home: Path = ROOT, push: bool = False, organisation: str 
         place.save(weight)
     problems = check(name, home)
     if not re.fullmatch('[0-9a-f]{40}', weight.commit):
-        problems.append(f'the record is dirty: its project commit is {weight.commit!r}; build it from a clean checkout')
+        problems.append(f'the record is dirty: its project commit is {weight.commit!r}; train it in a clean checkout, '
+                        'or name the commit that its code is in with `hub build --commit`')
     if not place.file(weight).is_file() and not problems:
         problems.append(f'{place.file(weight)} is not here')
     if problems:
@@ -193,7 +194,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument('--embed', action='store_true', help='put the file into the package')
     sub.add_argument('--default', action='store_true', help='what pretrained=True means for this architecture')
     sub.add_argument('--org', help=f'owner of the repository on the Hub (default: {ORGANISATION})')
-    sub.add_argument('--commit', help="commit that the runs were made with (default: the checkout's)")
+    sub.add_argument('--commit',
+                     help="commit that the runs were made with (default: their note of it, or the checkout's)")
     sub.add_argument('--experience', help='result of stage 1, if it lies elsewhere now')
     sub.add_argument('--data-dir', help='where data sets are')
     sub = command('check', 'check files, cards, numbers, licences and snippets', names=True)

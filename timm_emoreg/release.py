@@ -5,14 +5,14 @@ import hashlib
 import importlib.util
 import inspect
 import json
+import os
 import shlex
 import statistics
-import subprocess
 import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import timm
@@ -24,18 +24,23 @@ import timm_emoreg
 
 from .cards import make_card, make_config
 from .checkpoint import load_training_checkpoint
+from .commit import project_commit
 from .data import STIMULI, load_target
 from .experience import find_experience
+from .study_grid import CONTENT
 from .terms import licence_terms
 from .zoo import HUB_FILE, Weight, read_records, write_records
 
-__all__ = ['ORGANISATION', 'ROOT', 'Home', 'HubError', 'build', 'config_text', 'project_commit', 'sha256_of']
+__all__ = ['ORGANISATION', 'ROOT', 'Home', 'HubError', 'build', 'config_text', 'sha256_of']
 
 ROOT = Path(timm_emoreg.__file__).resolve().parents[1]
 ORGANISATION = 'timm-emoreg'
-MACHINE = ('output', 'experiment', 'resume', 'data_dir', 'device', 'workers', 'log_interval', 'seed', 'loader')
-OF_STAGE_1 = ('stimuli', 'stimuli_labels', 'rating_columns', 'rating_scale', 'affect_epochs')
-OF_STAGE_2 = ('dataset', 'balance', 'balanced_in', 'modulation', 'separate_experience', 'mixup', 'cutmix')
+MACHINE = ('output', 'experiment', 'resume', 'data_dir', 'device', 'workers', 'log_interval', 'seed')
+OF_STAGE_1 = ('stimuli', 'stimuli_labels', 'shuffle_stimuli_labels', 'rating_columns', 'rating_scale', 'affect_epochs')
+OF_REGULATION = ('balance', 'balanced_in', 'modulation', 'separate_experience', 'keep_affect', 'rehearsal',
+                 'affect_lr_scale')
+OF_STAGE_2 = ('dataset', *OF_REGULATION, 'mixup', 'cutmix')
+NOT_OF_PLAIN = ('task', 'experience', *OF_STAGE_1, *OF_REGULATION)
 
 
 class HubError(RuntimeError):
@@ -90,26 +95,60 @@ class Run:
         path = path / 'result.json' if path.is_dir() else path
         try:
             self.result = json.loads(path.read_text())
-            self.args = json.loads((path.parents[1] / 'args.json').read_text())
+            self.args = json.loads((path.resolve().parents[1] / 'args.json').read_text())
         except (OSError, ValueError) as e:
             raise HubError(f'{path}: no result of a run of train.py with its args.json one folder up ({e}).') from e
         self.path = path
         self.checkpoint = path.parent / 'model_best.pth.tar'
 
     def settings(self) -> dict[str, Any]:
-        return {k: v for k, v in self.args.items() if k not in (*MACHINE, 'experience')}
+        given = {k: v for k, v in self.args.items() if k not in (*MACHINE, 'commit')}
+        return {**given, **self.result.get('recipe', {}), 'task': self.result['task'],
+                'experience': self.result.get('experience')}
+
+
+def _settings_of(*command: str) -> dict[str, Any]:
+    """What train.py makes of a command line."""
+    spec = importlib.util.spec_from_file_location('emoreg_train', ROOT / 'train.py')
+    train = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(train)
+    with mock.patch.object(sys, 'argv', ['train.py', *command]):
+        return vars(train.parse_args())
+
+
+def _different(one: Run, other: Run, aside: tuple[str, ...] = ()) -> str:
+    """The settings in which a run differs from another one, with both values; empty if there are none."""
+    own = _settings_of()  # an older train.py did as these say without noting it
+    a, b = ({**own, **run.settings()} for run in (one, other))
+    return ', '.join(f'{k} {a[k]!r} (there {b[k]!r})' for k in a if k in b and k not in aside and a[k] != b[k])
 
 
 def _same_recipe(runs: list[Run]) -> None:
     for run in runs[1:]:
-        first = runs[0].settings()
-        other = {k: (first.get(k), v) for k, v in run.settings().items() if first.get(k) != v}
-        if other or run.result['task'] != runs[0].result['task']:
-            raise HubError(f'{run.path} has another recipe than {runs[0].path}: '
-                           f'{other or run.result["task"]}. Only seeds may differ.')
+        if other := _different(run, runs[0]):
+            raise HubError(f'{run.path} has another recipe than {runs[0].path}: {other}. Only seeds may differ.')
     seeds = [run.result['seed'] for run in runs]
     if len(set(seeds)) < len(seeds):
         raise HubError(f'Two of the runs have the same seed ({seeds}): they are no independent results.')
+
+
+def _check_baseline(runs: list[Run], best: Run) -> None:
+    """Refuse what a card must not call the plain backbone under the recipe of the weight.
+
+    Raises:
+        HubError: If a run is no plain one, has an experience, or differs in data, architecture or a setting.
+    """
+    model, data = best.result['model'], best.result['data']
+    for run in runs:
+        if (run.result['task'], run.result['model'], run.result['data']) != ('plain', model, data):
+            raise HubError(f'{run.path} is not the plain baseline of {model} on {data}: it is {run.result["task"]} of '
+                           f'{run.result["model"]} on {run.result["data"]}. Give runs of --task plain.')
+        if run.result.get('experience'):
+            raise HubError(f'{run.path} is not the plain baseline: it started from the experience '
+                           f'{run.result["experience"]}. Train it without --experience and --stimuli.')
+        if different := _different(run, best, NOT_OF_PLAIN):
+            raise HubError(f'{run.path} is not the plain baseline of the same recipe as {best.path}: {different}. '
+                           "Train the plain backbone with the weight's flags.")
 
 
 def _summary(runs: list[Run], names: tuple[str, ...]) -> dict[str, dict[str, Any]]:
@@ -125,22 +164,24 @@ def _summary(runs: list[Run], names: tuple[str, ...]) -> dict[str, dict[str, Any
 
 def _recipe(run: Run, base: str | None) -> str:
     """The shortest command that gives the run's settings, from train.py's own defaults."""
-    spec = importlib.util.spec_from_file_location('emoreg_train', ROOT / 'train.py')
-    train = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(train)
     args = dict(run.args, task=run.result['task'], experience=base if run.result['task'] == 'emoreg' else None)
-    if args['experience']:
+    rehearsed = args['task'] == 'emoreg' and args.get('rehearsal')
+    if args['experience'] and not rehearsed:
         args['stimuli'] = None  # stage 1 is named by its result
     command = ['--model', args['model'], '--task', args['task']]
     for key in ('stimuli', 'experience'):
         command += [f'--{key}', args[key]] if args[key] else []
     if args['task'] != 'affect':
         command += ['--dataset', args['dataset']]
-    with mock.patch.object(sys, 'argv', ['train.py', *command]):
-        given = vars(train.parse_args())
-    aside = (*MACHINE, *(OF_STAGE_2 if args['task'] == 'affect' else OF_STAGE_1))
+    if rehearsed:
+        command += ['--rehearsal', str(rehearsed)]
+    given = _settings_of(*command)
+    if args['task'] == 'affect':
+        aside = OF_STAGE_2
+    else:  # a rehearsal shows the stimuli again; no other setting of stage 1 is left beside its result
+        aside = ('affect_epochs', 'pretrained_backbone') if rehearsed else (*OF_STAGE_1, 'pretrained_backbone')
     for key, value in args.items():
-        if key in aside or key not in given or given[key] == value:
+        if key in (*MACHINE, *aside) or key not in given or given[key] == value:
             continue
         flag = '--' + key.replace('_', '-')
         if isinstance(value, bool):
@@ -152,42 +193,81 @@ def _recipe(run: Run, base: str | None) -> str:
     return 'python train.py ' + shlex.join([*command, '--seed', str(run.result['seed'])])
 
 
-def project_commit(root: Path) -> str:
-    """The checkout's commit, with ``-dirty`` if code differs from it, or ``unknown``."""
-    def git(*command: str) -> str:
-        return subprocess.run(('git', '-C', str(root), *command), capture_output=True, text=True, check=True).stdout
+class Origin(NamedTuple):
+    """What taught the affect response of a weight, and what its training started from."""
 
-    try:
-        commit = git('rev-parse', '--verify', '--quiet', 'HEAD').strip()
-        dirty = git('status', '--porcelain', '--', 'train.py', 'timm_emoreg', ':!timm_emoreg/assets').strip()
-    except (OSError, subprocess.CalledProcessError):
-        return 'unknown'
-    return commit + ('-dirty' if dirty else '')
+    stimuli: str
+    labels: str
+    names: tuple[str, ...]
+    kind: str
+    base: str | None
 
 
-def _origin(run: Run, experience: str | None) -> tuple[str, str, tuple[str, ...], str, int]:
-    """Stimuli and their labels, names and kind of the affect response, and its size."""
-    if run.result['task'] == 'affect':
-        state = load_training_checkpoint(run.checkpoint)['task_state']
-        kind = 'ratings' if state['target_kind'] == 'ratings' else 'emotion'
-        stimuli, labels, names = run.args['stimuli'] or 'emoji', run.args['stimuli_labels'], tuple(state['names'])
-    else:
-        source = experience or run.result['experience']
-        found = find_experience(source)
-        kind, names = found.affect_kind, found.names
-        known = read_records().get(source)
-        if known is not None:
-            stimuli, labels = known.stimuli, known.stimuli_labels
-        else:
-            try:
-                args = json.loads((Path(found.source).parents[1] / 'args.json').read_text())
-            except (OSError, ValueError) as e:
-                raise HubError(f'{found.source}: no args.json one folder up tells what stage 1 showed ({e}).') from e
-            stimuli, labels = args['stimuli'] or 'emoji', args['stimuli_labels']
+def _refuse_control(args: dict[str, Any], where: Path | str) -> None:
+    labels = args.get('stimuli_labels')
+    shuffled = args.get('shuffle_stimuli_labels')
+    if shuffled or labels == 'rotation' or labels in CONTENT.values():
+        raise HubError(f'{where}: its stage 1 had {"shuffled labels" if shuffled else f"the labels {labels!r}"}, so it '
+                       'is a control of the study and no weight to release. Train on affective labels: leave '
+                       f'--{"shuffle-" if shuffled else ""}stimuli-labels out.')
+
+
+def _known_stimuli(args: dict[str, Any]) -> tuple[str, str]:
+    stimuli = args['stimuli'] or 'emoji'
     if stimuli not in STIMULI:
         raise HubError(f'The stimuli {stimuli!r} are your own: the terms of a weight trained on them are not known '
                        f'here. Only weights of {", ".join(STIMULI)} can be built.')
-    return stimuli, labels or STIMULI[stimuli][0], names, kind, len(names)
+    return stimuli, args['stimuli_labels'] or STIMULI[stimuli][0]
+
+
+def _released_state(weight: Weight, place: Home) -> dict[str, Tensor]:
+    file = place.file(weight)
+    if file.is_file() and sha256_of(file) == weight.sha256:
+        return load_file(file)
+    return _half(find_experience(weight.name).state_dict)  # a published one need not lie in the checkout
+
+
+def _origin_of_stage_1(run: Run) -> Origin:
+    state = load_training_checkpoint(run.checkpoint)['task_state']
+    kind = 'ratings' if state['target_kind'] == 'ratings' else 'emotion'
+    base = None
+    if run.args.get('pretrained_backbone'):
+        cfg = timm.get_pretrained_cfg(timm_emoreg.BACKBONES[run.result['model']])
+        base = f'{cfg.architecture}.{cfg.tag}'
+    return Origin(*_known_stimuli(run.args), tuple(state['names']), kind, base)
+
+
+def _origin_of_stage_2(run: Run, experience: str | None, place: Home) -> Origin:
+    if run.result['experience'] == 'none':
+        raise HubError(f'{run.path}: was trained with --experience none, so it is a control of the study and no weight '
+                       'to release. Train it from a released stage 1.')
+    source, records = experience or run.result['experience'], read_records(place.records)
+    if source in records:
+        known = records[source]
+        base = f'{run.result["model"]}.{known.stimuli}'
+        origin = Origin(known.stimuli, known.stimuli_labels, known.affect_names, known.model_args['affect_kind'], base)
+        released = source == base
+    elif os.path.exists(source):
+        found = find_experience(source)
+        try:
+            args = json.loads((Path(found.source).resolve().parents[1] / 'args.json').read_text())
+        except (OSError, ValueError) as e:
+            raise HubError(f'{found.source}: no args.json one folder up tells what stage 1 showed ({e}).') from e
+        _refuse_control(args, found.source)
+        stimuli, labels = _known_stimuli(args)
+        base = f'{run.result["model"]}.{stimuli}'
+        origin = Origin(stimuli, labels, found.names, found.affect_kind, base)
+        released = base in records and _same_bits(_half(found.state_dict), _released_state(records[base], place))
+    else:
+        raise HubError(f'{run.path}: its experience {source} is neither in {place.records} nor a file or folder here. '
+                       'Say with --experience where it lies now.')
+    if not released:
+        raise HubError(f'{run.path}: its experience {source} is not the released {base}, which its card would name. '
+                       f'Release its stage 1 first: build {base} from that run, or train with --experience {base}.')
+    if run.args.get('rehearsal') and run.args['stimuli'] != origin.stimuli:
+        raise HubError(f'{run.path}: rehearsed the stimuli {run.args["stimuli"]!r}, and its stage 1 showed '
+                       f'{origin.stimuli!r}; its card would name these only. Train with --stimuli {origin.stimuli}.')
+    return origin
 
 
 def _form(run: Run, kind: str, num_affect: int) -> dict[str, Any]:
@@ -239,13 +319,16 @@ def build(name: str, results: list[Path], plain: list[Path] = (), home: Path = R
         embed: Put the file into the package instead of ``hub_cards``.
         default: Make it the one that ``pretrained=True`` means.
         organisation: Owner of the repository on the Hub.
-        commit: Commit that the runs were made with, the checkout's if None.
+        commit: Commit that the runs were made with; if None, the one that the released run noted, else the
+            checkout's.
         experience: Stage 1, where the run's own note of it no longer leads there.
         data_dir: Folder of the data sets, for the names of the target's classes.
 
     Raises:
-        HubError: If the runs do not fit each other or the name, or a tensor does not survive 16 bits.
+        HubError: If the runs do not fit each other, the name or a released stage 1, or a tensor does not survive 16
+            bits.
         CheckpointError: If the checkpoint cannot be read.
+        ValueError: If the terms of its data allow no licence.
     """
     place = Home(home)
     runs = [Run(path) for path in results]
@@ -259,25 +342,17 @@ def build(name: str, results: list[Path], plain: list[Path] = (), home: Path = R
     others = [Run(path) for path in plain]
     if others:
         _same_recipe(others)
-        for run in others:
-            if (run.result['task'], run.result['model'], run.result['data']) != (
-                    'plain', best.result['model'], best.result['data']):
-                raise HubError(f'{run.path} is not the plain baseline of {best.result["model"]} on '
-                               f'{best.result["data"]}: it is {run.result["task"]} on {run.result["data"]}.')
-    stimuli, labels, names, kind, num_affect = _origin(best, experience)
-    target = best.args['dataset'] if best.result['task'] == 'emoreg' else None
-    tag = stimuli + (f'_ft_{target}' if target else '')
+        _check_baseline(others, best)
+    _refuse_control(best.args, best.path)
+    if best.result['task'] == 'emoreg':
+        origin, target = _origin_of_stage_2(best, experience, place), best.args['dataset']
+    else:
+        origin, target = _origin_of_stage_1(best), None
+    tag = origin.stimuli + (f'_ft_{target}' if target else '')
     if name != f'{best.result["model"]}.{tag}':
         raise HubError(f'{name}: the runs are of {best.result["model"]}.{tag}.')
-    if best.args.get('pretrained_backbone'):
-        plain_cfg = timm.get_pretrained_cfg(timm_emoreg.BACKBONES[best.result['model']])
-        base = f'{plain_cfg.architecture}.{plain_cfg.tag}'
-    else:
-        base = None
-    if target:
-        base = f'{best.result["model"]}.{stimuli}'
     classes = load_target(target, data_dir).target.names if target else ()
-    form = _form(best, kind, num_affect)
+    form = _form(best, origin.kind, len(origin.names))
     input_size = (3, best.result['img_size'], best.result['img_size'])
 
     checkpoint = load_training_checkpoint(best.checkpoint)
@@ -300,13 +375,15 @@ def build(name: str, results: list[Path], plain: list[Path] = (), home: Path = R
             architecture=best.result['model'], tag=tag, file=f'{name}.safetensors', sha256=sha256,
             size=(folder / HUB_FILE).stat().st_size, precision='float16',
             logit_difference=float(f'{(full_answer - half_answer).abs().max().item():.3g}'),
-            parameters=sum(p.numel() for p in model.parameters()), stimuli=stimuli, stimuli_labels=labels,
-            target=target, input_size=input_size, form=best.result['form'], affect_names=names, label_names=classes,
-            model_args=form, metric=best.result['metric'], metrics=_summary(runs, names),
-            baseline=_summary(others, names) if others else {}, seeds=[run.result['seed'] for run in runs],
+            parameters=sum(p.numel() for p in model.parameters()), stimuli=origin.stimuli,
+            stimuli_labels=origin.labels, target=target, input_size=input_size, form=best.result['form'],
+            affect_names=origin.names, label_names=classes, model_args=form, metric=best.result['metric'],
+            metrics=_summary(runs, origin.names), baseline=_summary(others, origin.names) if others else {},
+            seeds=[run.result['seed'] for run in runs],
             seconds=round(statistics.mean(run.result['seconds'] for run in runs), 1),
-            hardware=best.result.get('device', 'unknown'), recipe=_recipe(best, base),
-            commit=commit or project_commit(home), licence='', base=base, embedded=embed, default=default,
+            hardware=best.result.get('device', 'unknown'), recipe=_recipe(best, origin.base),
+            commit=commit or best.args.get('commit') or project_commit(home), licence='', base=origin.base,
+            embedded=embed, default=default,
             hub_id=f'{organisation or (known.hub_id.split("/")[0] if known else ORGANISATION)}/{name}',
             hub_commit=known.hub_commit if known is not None and known.sha256 == sha256 else None)
         weight = replace(weight, licence=licence_terms(weight).licence)

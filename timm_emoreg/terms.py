@@ -16,7 +16,7 @@ class Terms:
         title: What it is.
         datasets: Its names in the metadata of a card.
         text: Its terms.
-        licence: Identifier for the weight, None where the data set decides nothing.
+        licence: Identifier that the weight must have, None where the data set decides nothing.
         licence_name: Needed by the Hub where `licence` is ``other``.
         licence_link: Likewise.
         reason: Why this licence.
@@ -71,18 +71,25 @@ TARGET_TERMS = {
     'emoji': Terms('drawings of emoji that are no stimuli, by Unicode\'s group', ('emoji',),
                    'Drawings as above; the groups are Unicode\'s (Unicode License v3).'),
     'oasis': Terms('photographs of OASIS, by category', ('oasis',),
-                   'OASIS: free to use and modify for research.'),
+                   'OASIS: free to use and modify for research.',
+                   'other', 'research-use-only-oasis', 'https://doi.org/10.3758/s13428-016-0715-3'),
 }
 
 
 def licence_terms(weight: Weight) -> Terms:
-    """The terms that decide the licence of a weight.
+    """The terms that decide the licence of a weight: those of its stimuli, which those of its target must allow.
 
     Raises:
-        ValueError: If the terms of its stimuli or its target are not known.
+        ValueError: If the terms of its stimuli or its target are not known, or contradict each other.
     """
     if weight.stimuli not in STIMULI_TERMS or (weight.target is not None and weight.target not in TARGET_TERMS):
         raise ValueError(f'{weight.name}: nothing is known of the terms of {weight.stimuli!r} and {weight.target!r}, '
                          'so no licence can be given to the weight. Only weights of '
                          f'{", ".join(STIMULI_TERMS)} can be released.')
-    return STIMULI_TERMS[weight.stimuli]
+    stimuli, target = STIMULI_TERMS[weight.stimuli], TARGET_TERMS.get(weight.target)
+    if target is not None and target.licence not in (None, stimuli.licence):
+        demanded = [terms.licence_name or terms.licence for terms in (stimuli, target)]
+        raise ValueError(f'{weight.name}: the stimuli {weight.stimuli} demand {demanded[0]}, the target '
+                         f'{weight.target} demands {demanded[1]}. No licence is sure to fulfil both, so such a weight '
+                         'cannot be released. Take another target for these stimuli.')
+    return stimuli

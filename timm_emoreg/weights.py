@@ -450,6 +450,6 @@ def create(variant: str, backbone: str, pretrained: bool, **kwargs: Any) -> nn.M
     except (RuntimeError, ValueError) as e:
         if not differing or isinstance(e, WeightError):
             raise
-        raise _mismatch(weight, differing, ' '.join(str(e).split())) from e
+        raise _mismatch(weight, differing, ' '.join(str(e).split()).rstrip('.')) from e
     update_model_args(model, **added)  # or an export would rebuild another form
     return model

@@ -1,10 +1,11 @@
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from timm_emoreg.data import DataError, ImageSet, Splits, Target
 from timm_emoreg.data.controls import fewer_images, predict_rotation, shuffle_labels
+from timm_emoreg.data.loader import make_loader
 
 
 def splits(labels, size=(8, 8), kind='class') -> Splits:
@@ -83,16 +84,49 @@ def test_rotations_turn_the_pictures_as_the_target_says():
     assert turned.name == 'made (rotations)'
 
 
-def test_oblong_pictures_are_resized_before_they_are_turned(tmp_path):
-    paths = [tmp_path / f'{i}.png' for i in range(4)]
+def oblong(tmp_path, draw) -> ImageSet:
+    """Eight pictures of files, each turned twice to every side."""
+    paths = [tmp_path / f'{i}.png' for i in range(8)]
     for path in paths:
-        picture = np.zeros((8, 32, 3), np.uint8)
-        picture[:, ::8] = 255  # upright stripes, which the resize to a square draws together
-        Image.fromarray(picture).save(path)
-    part = ImageSet(paths, torch.zeros(4, dtype=torch.long), Target('class', ('a', 'b', 'c')))
+        draw().save(path)
+    part = ImageSet(paths, torch.zeros(8, dtype=torch.long), Target('class', ('a', 'b', 'c')))
     turned = predict_rotation(Splits('made', part, part, part, 'none'), seed=0).train
-    plain = part.pixels((8, 8))
-    assert turned.pixels((8, 8)).equal(torch.stack([p.rot90(int(t), (1, 2))
-                                                    for p, t in zip(plain, turned.targets, strict=True)]))
-    with pytest.raises(DataError, match='Rotated pictures must be square, got 8x16'):
-        turned.pixels((8, 16))
+    assert sorted(turned.targets.tolist()) == [0, 0, 1, 1, 2, 2, 3, 3]
+    return turned
+
+
+def evaluated(images, kind):
+    """All images as the loader of a kind gives them in evaluation, and their targets."""
+    config = {'mean': (0., 0., 0.), 'std': (1., 1., 1.)}
+    [batch] = make_loader(images, (32, 32), len(images), config, kind=kind, workers=0)
+    return batch
+
+
+@pytest.mark.parametrize('size', [(120, 72), (72, 120)])
+@pytest.mark.parametrize('kind', ['timm', 'resident'])
+def test_no_stretch_tells_how_an_oblong_picture_was_turned(size, kind, tmp_path):
+    def disc():
+        picture = Image.new('RGB', size)
+        ImageDraw.Draw(picture).ellipse([centre + d for d in (-18, 18) for centre in (size[0] / 2, size[1] / 2)], 'red')
+        return picture
+    for image in evaluated(oblong(tmp_path, disc), kind)[0]:
+        inside = image[0] > 0.5
+        assert inside.any(0).sum() == inside.any(1).sum() == 16
+
+
+@pytest.mark.parametrize('size', [(40, 24), (48, 120)])
+def test_both_loaders_turn_oblong_pictures_alike(size, tmp_path):
+    rng = np.random.default_rng(0)
+
+    def noise():  # of so little contrast that no resize overshoots, which is cut off between its two directions
+        return Image.fromarray(rng.integers(96, 160, (*size[::-1], 3), dtype=np.uint8))
+    images = oblong(tmp_path, noise)
+    (one, targets), (other, same) = evaluated(images, 'timm'), evaluated(images, 'resident')
+    assert torch.equal(targets, images.targets)
+    assert torch.equal(targets, same)
+    assert (one - other).abs().max() <= 2 / 255
+
+
+def test_rotated_pictures_are_square():
+    with pytest.raises(DataError, match=r'Rotated pictures must be square, got 8x16\. Use a square size'):
+        predict_rotation(splits(LABELS), seed=0).train.pixels((8, 16))

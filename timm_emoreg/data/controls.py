@@ -58,7 +58,17 @@ def shuffle_labels(splits: Splits, seed: int) -> Splits:
                    validation=shuffled(splits.validation), test=shuffled(splits.test))
 
 
-class _RotatedSet(ImageSet):
+class _SquareSet(ImageSet):
+    """The centre square of each image."""
+
+    def picture(self, index: int) -> Image.Image:
+        image = super().picture(index)
+        side = min(image.size)
+        left, top = ((length - side) // 2 for length in image.size)
+        return image.crop((left, top, left + side, top + side))
+
+
+class _RotatedSet(_SquareSet):
     """Images turned by 0, 90, 180 or 270 degrees; the target is which."""
 
     def __init__(self, images, turns: torch.Tensor):
@@ -75,10 +85,10 @@ class _RotatedSet(ImageSet):
         return _RotatedSet(part.images, part.targets)
 
     def pixels(self, size: tuple[int, int]) -> torch.Tensor:
-        # resized first: otherwise the stretch of an oblong picture would tell its rotation
-        pixels = ImageSet(self.images, self.targets, self.target).pixels(size).contiguous()  # the images stay unturned
         if size[0] != size[1]:
             raise DataError(f'Rotated pictures must be square, got {size[0]}x{size[1]}. Use a square size.')
+        upright = _SquareSet(self.images, self.targets, self.target)
+        pixels = upright.pixels(size).contiguous()  # a copy where it was a view: the images stay unturned
         for turn in range(1, 4):
             turned = self.targets == turn
             pixels[turned] = pixels[turned].rot90(turn, (2, 3))
@@ -89,7 +99,8 @@ def predict_rotation(splits: Splits, seed: int) -> Splits:
     """The same images without their labels: each is turned by 0, 90, 180 or 270 degrees, and the class is which
     (Gidaris et al. 2018, one rotation an image so that an epoch has as many images as with labels).
 
-    Mirroring is off: a mirrored picture on its side looks like one that lies on the other side.
+    Of an oblong picture the centre square is taken: whether it is drawn together in width or in height would tell
+    whether it lies on its side. Mirroring is off: a mirrored picture on its side looks like one that lies on the other.
     """
     generator = np.random.RandomState(seed)
 
