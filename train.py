@@ -20,7 +20,6 @@ import sys
 import time
 from contextlib import nullcontext
 from datetime import datetime
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +45,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import timm_emoreg
-from timm_emoreg.arguments import above, at_least
+from timm_emoreg.arguments import above, at_least, within
 from timm_emoreg.checkpoint import CheckpointError, load_training_checkpoint, newest_checkpoint, restore_best
 from timm_emoreg.commit import project_commit
 from timm_emoreg.curves import draw_curves
@@ -65,7 +64,7 @@ from timm_emoreg.experience import (
 )
 from timm_emoreg.optim import scale_affect_lr
 from timm_emoreg.peak_memory import peak_memory_gb
-from timm_emoreg.precision import autocast_or_not
+from timm_emoreg.precision import autocast_in, choose_precision
 from timm_emoreg.processes import (
     LaunchError,
     asked_to_stop,
@@ -97,8 +96,8 @@ def parse_args() -> argparse.Namespace:
     group.add_argument('--task', default='emoreg', choices=('emoreg', 'affect', 'plain'))
     group.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs, help='for the backbone, name=value')
     group.add_argument('--pretrained-backbone', action='store_true', help="start from the backbone's own timm weights")
-    group.add_argument('--drop', type=at_least(0.0), default=None, help='dropout before the classifier')
-    group.add_argument('--drop-path', type=at_least(0.0), default=None, help='stochastic depth')
+    group.add_argument('--drop', type=within(0, 1), default=None, help='dropout before the classifier')
+    group.add_argument('--drop-path', type=within(0, 1), default=None, help='stochastic depth')
     group.add_argument('--small-image', action=yes_no, default=None, help='default: on up to 64 px, if there is a form')
 
     group = parser.add_argument_group('emotional regulation')
@@ -138,7 +137,7 @@ def parse_args() -> argparse.Namespace:
     group.add_argument('--cutout', type=at_least(0), default=0, help='side of the cut-out square in pixels')
     group.add_argument('--mixup', type=at_least(0.0), default=0.0)
     group.add_argument('--cutmix', type=at_least(0.0), default=0.0)
-    group.add_argument('--smoothing', type=at_least(0.0), default=0.1, help='label smoothing')
+    group.add_argument('--smoothing', type=within(0, 1), default=0.1, help='label smoothing')
 
     group = parser.add_argument_group('recipe')
     group.add_argument('--epochs', type=at_least(1), default=8)
@@ -149,13 +148,13 @@ def parse_args() -> argparse.Namespace:
                             + ' '.join(f'{k}={v}' for k, v in MUON.items()))
     group.add_argument('--lr', type=above(0),
                        help='default: 0.02 for muon; for 128 images an update, 0.1 for sgd, else 0.001')
-    group.add_argument('--momentum', type=float, default=0.9)
+    group.add_argument('--momentum', type=at_least(0.0), default=0.9)
     group.add_argument('--weight-decay', type=at_least(0.0), help='default: 5e-4 for sgd, 0.01 for muon, else 0.05')
     group.add_argument('--layer-decay', type=above(0))
     group.add_argument('--sched', default='cosine', choices=('cosine', 'tanh', 'poly', 'step'))
     group.add_argument('--warmup-epochs', type=at_least(0.0), default=1.0)
-    group.add_argument('--warmup-lr', type=float, default=1e-3, help='times --lr')
-    group.add_argument('--min-lr', type=float, default=1e-3, help='times --lr')
+    group.add_argument('--warmup-lr', type=at_least(0.0), default=1e-3, help='times --lr')
+    group.add_argument('--min-lr', type=at_least(0.0), default=1e-3, help='times --lr')
     group.add_argument('--clip-grad', type=above(0))
     group.add_argument('--clip-mode', default='norm', choices=('norm', 'value', 'agc'))
     group.add_argument('--grad-accum-steps', type=at_least(1), default=1)
@@ -181,10 +180,6 @@ def parse_args() -> argparse.Namespace:
     # what is on the command line: a default is only set where there is nothing yet
     given = vars(parser.parse_args(namespace=argparse.Namespace(**dict.fromkeys(vars(args), parser))))
     given = {name: value for name, value in given.items() if value is not parser}
-    try:
-        torch.zeros(1, device=args.device)
-    except (AssertionError, RuntimeError) as e:
-        parser.error(f'--device {args.device}: torch cannot compute there ({str(e).splitlines()[0]}).')
     for name, known in (('data_dir', ()), ('experience', ()), ('stimuli', STIMULI), ('dataset', TARGETS)):
         path = getattr(args, name)  # a resumed run may have another working directory
         if path is not None and path not in known and os.path.exists(path):
@@ -217,11 +212,14 @@ def parse_args() -> argparse.Namespace:
         parser.error(f'--model {args.model}: unknown. timm.list_models() names all, emoreg_* are this package\'s.')
     if args.rehearsal and (args.task != 'emoreg' or not args.stimuli):
         parser.error(f'--rehearsal {args.rehearsal} shows --stimuli beside the images of --task emoreg: give both.')
+    if args.rehearsal and args.grad_checkpointing:
+        parser.error(f'--rehearsal {args.rehearsal}: --grad-checkpointing would run batch norm over the stimuli twice. '
+                     'Leave one of them out.')
     if args.experience not in (None, 'none') and args.stimuli and not args.rehearsal:
         parser.error("--experience is stage 1's result and --stimuli runs stage 1: give one of them, or --rehearsal.")
     if args.experience not in (None, 'none'):
         labels = () if args.rehearsal else LABELS_OF_STAGE_1
-        if late := [name for name in (*labels, 'affect_epochs', 'pretrained_backbone') if getattr(args, name)]:
+        if late := [name for name in (*labels, 'affect_epochs') if getattr(args, name)]:
             parser.error(f"--{late[0].replace('_', '-')} shapes stage 1, and --experience is its result already: leave "
                          'one of them out.')
     if args.experience and args.task == 'affect':
@@ -312,7 +310,8 @@ def build_task(args, task: str, model, splits, soft_targets: bool, device, stimu
     criterion = {'smoothing': args.smoothing, 'soft_targets': soft_targets}
     if task == 'emoreg':
         return EmoRegTask(model, args.balanced_in, args.keep_affect, args.rehearsal,
-                          stimuli.target.kind if stimuli else 'class', criterion_kwargs=criterion, device=device)
+                          stimuli.target.kind if stimuli else 'class', args.smoothing, criterion_kwargs=criterion,
+                          device=device)
     return ClassificationTask(model, criterion_kwargs=criterion, device=device)
 
 
@@ -421,12 +420,12 @@ def run_stage(args, task_name: str, splits, device, experience: Experience | Non
     # model and task
     random_seed(args.seed)
     try:
-        model = build_model(args, task_name, splits, experience).to(device)
-    except CheckpointError:
-        raise
+        model = build_model(args, task_name, splits, experience)
     except (AssertionError, RuntimeError, TypeError, ValueError) as e:
-        raise ModelError(f'--model {args.model} cannot be built so: {str(e).splitlines()[0]} Look at --model-kwargs, '
-                         '--img-size, --small-image, --experience.') from e
+        reason = (str(e).splitlines() or [type(e).__name__])[0].rstrip('.')
+        raise ModelError(f'--model {args.model} cannot be built so: {reason}. Change --model-kwargs, --img-size, '
+                         '--small-image or --experience.') from e
+    model.to(device)
     if args.channels_last:
         model.to(memory_format=torch.channels_last)
     if args.grad_checkpointing:
@@ -448,15 +447,16 @@ def run_stage(args, task_name: str, splits, device, experience: Experience | Non
     # data
     size, whole_batch = (args.img_size, args.img_size), args.batch_size or (128 if len(splits.train) >= 10_000 else 64)
     batch_size = max(whole_batch // (args.world_size * args.grad_accum_steps), 1)
-    if task_name == 'affect' and splits.target.kind == 'ratings' and batch_size < 2:
+    felt = splits if task_name == 'affect' else stimuli
+    if felt is not None and felt.target.kind == 'ratings' and batch_size < 2:
         raise DataError(f'1 - CCC needs 2 images or more a step, --batch-size {whole_batch} gives {batch_size} a '
                         f'process and accumulation step. Use at least {2 * args.world_size * args.grad_accum_steps}.')
 
     def choose() -> dict[str, str]:  # by what is fast and free here now, so it must not be chosen again
-        kinds = [choose_kind(len(one.train), size, device, not args.no_aug, args.world_size)
-                 if args.loader == 'auto' else args.loader for one in (splits, *([stimuli] if stimuli else []))]
-        return {'precision': autocast_or_not(device, args.amp_dtype if args.amp else None)[1],
-                'loader': kinds[0], 'stimuli_loader': kinds[-1]}
+        shown = {'loader': splits} | ({'stimuli_loader': stimuli} if stimuli else {})
+        return {'precision': choose_precision(device, args.amp_dtype if args.amp else None)} | {
+            name: choose_kind(len(one.train), size, device, not args.no_aug, args.world_size)
+            if args.loader == 'auto' else args.loader for name, one in shown.items()}
 
     chosen = first_decides(lambda: chosen_once(out / 'choices.json', choose), args)
 
@@ -493,8 +493,7 @@ def run_stage(args, task_name: str, splits, device, experience: Experience | Non
         optimizer, args.sched, num_epochs=epochs, warmup_epochs=min(args.warmup_epochs, epochs / 4),
         warmup_lr=args.warmup_lr * lr, min_lr=args.min_lr * lr, step_on_epochs=False, updates_per_epoch=updates)
     precision = chosen['precision']
-    autocast = nullcontext if precision == 'float32' else partial(torch.autocast, device.type,
-                                                                  getattr(torch, precision))
+    autocast = autocast_in(device, precision)
     scaler = NativeScaler(device.type) if precision == 'float16' else None
     metric = task.create_evaluator().default_metric
     form = small_image_form(getattr(unwrap_model(model), 'backbone', unwrap_model(model)))
@@ -524,7 +523,7 @@ def run_stage(args, task_name: str, splits, device, experience: Experience | Non
         if scaler is not None:
             scaler.load_state_dict(state[scaler.state_dict_key])
         args.first_step, args.sums = state['args'].first_step, state['args'].sums
-        args.start -= state['args'].seconds  # those of the attempts before count, too
+        args.start -= getattr(state['args'], 'seconds', 0.0)  # those of the attempts before count, too
         first_epoch = state['epoch'] if args.first_step else state['epoch'] + 1
         scheduler.step_update(num_updates=first_epoch * updates + args.first_step // args.grad_accum_steps)
         if saver is not None:
@@ -568,7 +567,6 @@ def run_stage(args, task_name: str, splits, device, experience: Experience | Non
     task.load_checkpoint_state(state['state_dict_ema' if ema else 'state_dict'], ema=ema)
     predictions = [] if splits.target.kind == 'class' and not args.distributed else None
     test = evaluate(task, test_loader, autocast, args, predictions)
-    peak = peak_memory_gb(device)
     best = unwrap_model(task.get_eval_model(ema=ema))
     result = {
         'task': task_name, 'model': args.model, 'form': form, 'img_size': args.img_size, 'data': splits.name,
@@ -579,7 +577,7 @@ def run_stage(args, task_name: str, splits, device, experience: Experience | Non
         'experience': experience.source if experience else None,
         'checkpoint': str(out / 'model_best.pth.tar'),
         'seconds': round(time.perf_counter() - args.start, 1),
-        'peak_memory_gb': None if peak is None else round(peak, 2), **chosen,
+        'peak_memory_gb': round(peak_memory_gb(device), 2), **chosen,
         'device': torch.cuda.get_device_name(device) if device.type == 'cuda' else (
             f'CPU, {torch.get_num_threads()} threads'),
     }
@@ -644,7 +642,7 @@ def run(args) -> None:
             rehearsed = stimuli if args.task == 'emoreg' and args.rehearsal else None
             results.append(run_stage(args, args.task, target, device, experience, rehearsed))
     except (DataError, ModelError):
-        if is_primary(args):
+        if is_primary(args) and not args.resume:
             remove_empty_run(folder)
         raise
     for result in results:

@@ -79,7 +79,7 @@ def run(tmp_path, tiny):
             'task': task, 'model': model, 'form': 'small', 'img_size': 32, 'data': 'emoji', 'metric': metric,
             'validation': validation, 'seed': seed, 'seconds': 2.0, 'experience': experience and str(experience),
             'test': {'loss': 1.0, metric: test, f'{metric}_valence': test, 'rmse': 0.7},
-            **({'recipe': recipe} if recipe else {})}))
+            **({'recipe': recipe, 'loader': 'resident', 'precision': 'float32'} if recipe else {})}))
         if task != 'plain':
             torch.manual_seed(seed)
             net = EmoReg(timm_emoreg.BACKBONES[model], num_classes=0 if task == 'affect' else 9, num_affect=len(names),
@@ -257,6 +257,8 @@ def test_a_default_may_be_spelled_out(run, stage_2, home):
     recipe = {'batch_size': 64, 'opt': 'muon', 'lr': 0.02, 'weight_decay': 0.01, 'opt_kwargs': {'ns_steps': 3}}
     plain = run('plain', more=['-b', '64', '--opt', 'muon', '--lr', '0.02'], recipe=recipe)
     assert build(STAGE_2, [stage_2(recipe=recipe)], [plain], home=home).baseline['top1']['n'] == 1
+    older = run('plain', seed=5)  # by a train.py that did not note what the settings came to
+    assert build(STAGE_2, [stage_2(seed=6, recipe=recipe)], [older], home=home).baseline['top1']['n'] == 1
     with pytest.raises(HubError, match=r'lr 0\.02 \(there 0\.03\)\. Train the plain backbone'):
         build(STAGE_2, [stage_2(seed=1, recipe={**recipe, 'lr': 0.03})], [plain], home=home)
 
@@ -372,13 +374,13 @@ def test_recipe_of_stage_1_of_a_run_of_both(run, home):
     assert recipe == 'python train.py --model emoreg_resnet18 --task affect --stimuli emoji --seed 0'
 
 
-def test_recipe_of_stage_2_names_no_backbone_of_stage_1(run, home):
+def test_recipe_of_stage_2_names_the_backbone_that_it_started_from(run, home):
     stage_1 = run(more=['--pretrained-backbone'])
     assert build(NAME, [stage_1], home=home, commit=COMMIT).base.startswith('test_resnet.')
     result = run('emoreg', experience=stage_1.parent, noted={'pretrained_backbone': True, 'experience': None})
     recipe = build(STAGE_2, [result], home=home, commit=COMMIT).recipe
     assert settings(*shlex.split(recipe)[2:])['experience'] == NAME
-    assert '--pretrained-backbone' not in recipe
+    assert '--pretrained-backbone' in recipe  # which a separate experience leaves as it is
 
 
 def test_build_from_within_the_folder_of_a_run(run, home, monkeypatch):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from timm_emoreg import precision
-from timm_emoreg.precision import autocast_or_not, faster_in
+from timm_emoreg.precision import autocast_in, choose_precision, faster_in
 
 CPU = torch.device('cpu')
 
@@ -17,36 +17,28 @@ def answer(context):
         return torch.nn.Linear(2, 2)(torch.ones(1, 2)).dtype
 
 
-@pytest.mark.parametrize('faster', [True, False])
-def test_no_type_asked_for(monkeypatch, faster):
-    monkeypatch.setattr(precision, 'faster_in', lambda dtype, device: faster)
-    context, name = autocast_or_not(CPU, None)
-    assert (context, name) == (nullcontext, 'float32')
-    assert answer(context) == torch.float32
-
-
-@pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
-def test_autocast_where_it_is_faster(monkeypatch, dtype):
+@pytest.mark.parametrize(('dtype', 'faster', 'chosen'), [
+    (None, True, 'float32'), ('bfloat16', True, 'bfloat16'), ('float16', True, 'float16'),
+    ('bfloat16', False, 'float32'),
+])
+def test_16_bits_where_they_are_asked_for_and_faster(monkeypatch, dtype, faster, chosen):
     asked = []
-    monkeypatch.setattr(precision, 'faster_in', lambda *args: asked.append(args) or True)
-    context, name = autocast_or_not(CPU, dtype)
-    assert name == dtype
-    for _ in range(2):  # a factory, so that each step has a context of its own
-        assert answer(context) == getattr(torch, dtype)
-    assert asked == [(getattr(torch, dtype), CPU)]
-    assert answer(nullcontext) == torch.float32
-
-
-def test_no_autocast_where_it_is_slower(monkeypatch):
-    monkeypatch.setattr(precision, 'faster_in', lambda dtype, device: False)
-    context, name = autocast_or_not(CPU, 'bfloat16')
-    assert (context, name) == (nullcontext, 'float32')
-    assert answer(context) == torch.float32
+    monkeypatch.setattr(precision, 'faster_in', lambda *args: asked.append(args) or faster)
+    assert choose_precision(CPU, dtype) == chosen
+    assert asked == ([] if dtype is None else [(getattr(torch, dtype), CPU)])
 
 
 def test_a_gpu_is_not_probed(monkeypatch):
     monkeypatch.setattr(precision, 'faster_in', lambda dtype, device: pytest.fail('probed'))
-    assert autocast_or_not(torch.device('cuda'), 'float16')[1] == 'float16'
+    assert choose_precision(torch.device('cuda'), 'float16') == 'float16'
+
+
+@pytest.mark.parametrize('name', ['float32', 'bfloat16', 'float16'])
+def test_a_context_for_each_step(name):
+    context = autocast_in(CPU, name)
+    for _ in range(2):
+        assert answer(context) == getattr(torch, name)
+    assert answer(nullcontext) == torch.float32
 
 
 @pytest.mark.parametrize(('seconds', 'faster'), [

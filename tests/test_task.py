@@ -214,8 +214,8 @@ def test_rehearsal_adds_the_loss_of_stage_1(batch, kind):
     model = make(affect_kind='ratings' if kind == 'ratings' else 'emotion', modulation=False)
     AffectTask(model, kind, tuple('abcd'))  # as after stage 1
     alone = EmoRegTask(copy.deepcopy(model)).train()(x, target)['loss']
-    stage_1 = AffectTask(copy.deepcopy(model), kind, tuple('abcd')).train()(stimuli, labels)['loss']
-    task = EmoRegTask(model, rehearsal=3.0, stimuli_kind=kind)
+    stage_1 = AffectTask(copy.deepcopy(model), kind, tuple('abcd'), smoothing=0.3).train()(stimuli, labels)['loss']
+    task = EmoRegTask(model, rehearsal=3.0, stimuli_kind=kind, stimuli_smoothing=0.3)
     result = task.train()(x, target, stimuli, labels)
     torch.testing.assert_close(result['loss_rehearsal'], stage_1.detach())
     torch.testing.assert_close(result['loss'], alone + 3 * stage_1)

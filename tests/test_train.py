@@ -174,6 +174,10 @@ def test_16_bit_training_resumes_in_its_precision(run, train, tmp_path, folder, 
 
     monkeypatch.setattr(train, 'train_epoch', stop_after_the_first)
     assert run(*flags, name='broken')[0] == 128 + signal.SIGTERM
+    checkpoint = tmp_path / 'broken/plain/last.pth.tar'
+    state = train.load_training_checkpoint(checkpoint)
+    state['args'].seconds += 1000
+    torch.save(state, checkpoint)
     # what is fast and free may have changed since
     monkeypatch.setattr('timm_emoreg.precision.faster_in', lambda *_: False)
     monkeypatch.setattr('timm_emoreg.data.loader.fits_in_memory', lambda *_: False)
@@ -182,7 +186,19 @@ def test_16_bit_training_resumes_in_its_precision(run, train, tmp_path, folder, 
     with seen[-1]():
         assert torch.nn.Linear(2, 2)(torch.ones(1, 2)).dtype == getattr(torch, precision)
     assert broken['test'] == whole['test']
-    assert broken['seconds'] > 0
+    assert broken['seconds'] > 1000  # those of both attempts
+
+
+def test_a_run_without_checkpoint_is_not_removed_when_it_is_resumed(run, train, tmp_path, folder, monkeypatch):
+    with monkeypatch.context() as killed:
+        killed.setattr(train, 'run_stage', lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run('--task', 'plain', '--dataset', folder, '--epochs', 1)
+    (tmp_path / 'run/notes.txt').write_text('mine')
+    monkeypatch.setattr(train, 'build_model', lambda *_: (_ for _ in ()).throw(ValueError('no')))
+    status, _, err = run('--resume', tmp_path / 'run')
+    assert (status, err.startswith('train.py: --model test_resnet cannot be built so: no. Change')) == (2, True)
+    assert (tmp_path / 'run/notes.txt').read_text() == 'mine'
 
 
 def test_a_moved_run_is_resumed_where_it_lies_now(run, train, tmp_path, folder, monkeypatch):
@@ -252,17 +268,18 @@ def test_a_loss_that_is_not_finite_stops_the_run(run, tmp_path, folder):
     (('--lr', '0'), '--lr: expected a number above 0, got 0'),
     (('--weight-decay', 'nan'), '--weight-decay: expected a number, 0.0 or more, got nan'),
     (('--sched', 'plateau'), "--sched: invalid choice: 'plateau'"),
-    (('--device', 'abacus'), '--device abacus: torch cannot compute there'),
     (('--experience', 'emoreg_resnet18.emoji', '--shuffle-stimuli-labels'),
      '--shuffle-stimuli-labels shapes stage 1, and --experience is its result already'),
     (('--experience', 'emoreg_resnet18.emoji', '--affect-epochs', '3'), '--affect-epochs shapes stage 1'),
-    (('--experience', 'emoreg_resnet18.emoji', '--pretrained-backbone'), '--pretrained-backbone shapes stage 1'),
     (('--experience', 'x', '--stimuli', 'emoji'), 'give one of them'),
     (('--balance', '1.5'), 'balance=1.5 is outside [0, 1]'),
     (('--balance', 'gate', '--balanced-in', 'loss'), "balance='gate' cannot be balanced in the loss"),
     (('--keep-affect', '-1'), 'keep_affect=-1.0 is no weight of a loss'),
     (('--keep-affect', '1', '--separate-experience'), 'keep_affect=1.0 has nothing to keep'),
     (('--rehearsal', '-1', '--stimuli', 'emoji'), 'rehearsal=-1.0 is no weight of a loss'),
+    (('--rehearsal', '1', '--stimuli', 'emoji', '--grad-checkpointing'), 'would run batch norm over the stimuli twice'),
+    (('--smoothing', '1'), '--smoothing: expected a number from 0 to below 1, got 1'),
+    (('--epochs', '9' * 400), '--epochs: expected a whole number, 1 or more, got 999'),
     (('--rehearsal', '1'), '--rehearsal 1.0 shows --stimuli beside the images of --task emoreg: give both'),
     (('--rehearsal', '1', '--stimuli', 'emoji', '--task', 'plain'), 'beside the images of --task emoreg'),
     (('--affect-lr-scale', '-1'), '--affect-lr-scale: expected a number, 0.0 or more, got -1'),
@@ -286,7 +303,11 @@ def test_flags_that_do_not_fit_are_refused(train, monkeypatch, capsys, argv, mes
 @pytest.mark.parametrize(('flags', 'message'), [
     (('--model-kwargs', 'foo=1'), "--model test_resnet cannot be built so: "),
     (('--model-kwargs', 'channels=[8,8,8,8]', '--experience', 'emoreg_resnet18.emoji'), 'cannot be built so: '),
+    (('--model-kwargs', 'output_stride=7', '--task', 'plain'), 'cannot be built so: AssertionError. Change'),
+    (('--model-kwargs', 'channels=[8,8,8,8]', '--experience', 'emoreg_resnet18.emoji', '--task', 'plain'),
+     'cannot be built so: emoreg_resnet18.emoji: its backbone is of another architecture'),
     (('--grad-accum-steps', 50, '--task', 'plain'), '--grad-accum-steps 50: an epoch has '),
+    (('--device', 'abacus'), '--device abacus: torch cannot compute there ('),
 ])
 def test_what_is_found_too_late_for_the_command_line_leaves_nothing(run, tmp_path, folder, flags, message):
     stimuli = () if '--experience' in flags else ('--stimuli', folder)

@@ -5,16 +5,16 @@ import argparse
 import math
 from collections.abc import Callable
 
-__all__ = ['above', 'at_least']
+__all__ = ['above', 'at_least', 'within']
 
 
 def _number(text: str, kind: type, fits: Callable[[float], bool], expected: str):
     try:
         value = kind(text)
-    except ValueError:
-        value = math.nan
-    if not (math.isfinite(value) and fits(value)):
-        raise argparse.ArgumentTypeError(f'expected {expected}, got {text}')
+        if not (math.isfinite(value) and fits(value)):
+            raise ValueError
+    except (OverflowError, ValueError):
+        raise argparse.ArgumentTypeError(f'expected {expected}, got {text[:40]}') from None
     return value
 
 
@@ -28,3 +28,9 @@ def at_least(least: int | float) -> Callable[[str], int | float]:
 def above(bound: float) -> Callable[[str], float]:
     """A type for argparse: finite numbers above `bound`."""
     return lambda text: _number(text, float, lambda value: value > bound, f'a number above {bound:g}')
+
+
+def within(low: float, high: float) -> Callable[[str], float]:
+    """A type for argparse: numbers from `low` to below `high`."""
+    return lambda text: _number(text, float, lambda value: low <= value < high,
+                                f'a number from {low:g} to below {high:g}')

@@ -31,7 +31,7 @@ from .data.folders import default_data_dir
 from .data.loader import make_loader
 from .data.sets import ImageSet, Target
 from .fold import fold
-from .precision import autocast_or_not
+from .precision import autocast_in, choose_precision
 from .small_image import LARGEST_SIZE
 from .task import EmoRegTask
 
@@ -390,7 +390,8 @@ def main(argv: list[str] | None = None) -> int:
     args.rounds, args.runs, args.images = (2, 1, 1024) if args.quick else (args.rounds, 3, 8192)
     args.device = torch.device(args.device)
     args.steps = 10 if args.device.type == 'cuda' else 1
-    args.autocast, args.precision = autocast_or_not(args.device, 'bfloat16')  # once: the two sides must not differ
+    args.precision = choose_precision(args.device, 'bfloat16')  # once: the two sides must not differ
+    args.autocast = autocast_in(args.device, args.precision)
 
     start = time.perf_counter()
     figures, notes = [], []

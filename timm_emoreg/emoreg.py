@@ -8,8 +8,6 @@ import timm
 import torch
 from timm.layers import get_device_dtype
 from timm.models import build_model_with_cfg, generate_default_cfgs, get_model_traits, register_model
-from timm.models.resnet import ResNet
-from timm.models.vision_transformer import VisionTransformer
 from timm.optim import auto_group_layers
 from torch import Tensor, nn
 
@@ -25,13 +23,9 @@ from .backbone import (
     remove_classifier,
 )
 from .regulation import AffectiveState, Balance, Modulation, Responses, check_regulation, regulate
-from .small_image import DEFAULT_SIZE, GRID, LARGEST_SIZE
+from .small_image import DEFAULT_SIZE
 
 __all__ = ['EmoReg', 'backbone_cfg', 'create_backbone', 'create_emoreg']
-
-STEM = ('backbone.conv1.', 'backbone.patch_embed.', 'backbone.pos_embed')
-FOLLOWS = {'num_affect': ('head_affect.', 'modulation.', 'regulation.'), 'num_classes': ('head.', 'head_emo.'),
-           'in_chans': STEM, 'small_image': STEM, 'img_size': STEM}  # argument to the tensors whose shape it changes
 
 
 class EmoReg(nn.Module):
@@ -421,50 +415,23 @@ class EmoReg(nn.Module):
                                    if name.startswith(prefix) and isinstance(tensor, Tensor)})
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def _form(self, shapes: dict[str, torch.Size]) -> dict[str, Any]:
-        """The arguments that can be read from the shapes of the tensors."""
-        form = {'num_affect': shapes['head_affect.weight'][0],
-                'num_classes': shapes['head.weight'][0] if 'head.weight' in shapes else 0}
-        stem = shapes.get(f"{self._traits['first_conv']}.weight")
-        if stem is not None and isinstance(self.backbone, (ResNet, VisionTransformer)):
-            form['in_chans'], kernel = stem[1:3]
-            patches = isinstance(self.backbone, VisionTransformer)
-            form['small_image'] = kernel <= LARGEST_SIZE // GRID if patches else kernel == 3
-            if patches and form['small_image']:
-                form['img_size'] = GRID * kernel
-        return form
-
     def _refuse_another_form(self, shapes: dict[str, torch.Size]) -> None:
-        """One error with the arguments to build with, in place of torch's list of all tensors of another shape.
-
-        Missing and unexpected tensors are left to torch.
+        """One error in place of torch's list of all tensors of another shape; missing and unexpected ones are torch's.
 
         Raises:
             RuntimeError: As torch does for another shape, whether strict or not.
         """
         own = {name: tensor.shape for name, tensor in self.state_dict().items()}
-        different = [name for name, shape in own.items()
-                     if shapes.get(name, shape) != shape and not name.startswith('backbone_emo.')]
-        if not different or 'head_affect.weight' not in own.keys() & shapes.keys():
+        different = next((name for name, shape in own.items() if shapes.get(name, shape) != shape), None)
+        if different is None or 'head_affect.weight' not in shapes:  # without it, it is no checkpoint of an EmoReg
             return
-        theirs, ours = self._form(shapes), self._form(own)
-        wrong = {name: value for name, value in theirs.items() if value != ours.get(name)}
-        explained = tuple(start for name in wrong for start in FOLLOWS[name])
-        other = next((name for name in different if not name.startswith(explained)), None)
-        if other is not None:
-            raise RuntimeError(
-                f'The checkpoint is of another architecture or form than the model: its {other!r} has the shape '
-                f'{tuple(shapes[other])}, the model needs {tuple(own[other])}. Build the model that it was saved from: '
-                'the same backbone, small_image, img_size and num_affect.')
-        has, needs = (', '.join(f'{name}={form[name]!r}' for name in wrong if name in form) for form in (theirs, ours))
-        weight = zoo.of_form((getattr(self, 'pretrained_cfg', None) or {}).get('architecture'), {
-            name: value for name, value in theirs.items() if name in ('num_affect', 'small_image', 'img_size')})
+        architecture = (getattr(self, 'pretrained_cfg', None) or {}).get('architecture')
+        weights = [weight.name for weight in zoo.WEIGHTS.values() if weight.architecture == architecture]
         raise RuntimeError(
-            f'The checkpoint is of another form than the model: it has {has}, the model {needs}. Build the model with '
-            "the checkpoint's arguments" + (', also its affect_kind, which no tensor tells' if 'num_affect' in wrong
-                                            else '')
-            + (f"; timm.create_model('{weight.name}', num_classes={theirs['num_classes']}) has this form"
-               if weight else '') + '.')
+            f'The checkpoint is of another form than the model: its {different!r} has the shape '
+            f'{tuple(shapes[different])}, the model needs {tuple(own[different])}. Build the model with the arguments '
+            'that the saved one had' + (f"; if it was trained from a released weight, by that one's name: "
+                                        f'{", ".join(weights)}' if weights else '') + '.')
 
     # -- experience --------------------------------------------------------------------------------------------
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import torch
 
-__all__ = ['autocast_or_not', 'faster_in']
+__all__ = ['autocast_in', 'choose_precision', 'faster_in']
 
 
 def faster_in(dtype: torch.dtype, device: torch.device) -> bool:
@@ -28,16 +29,20 @@ def faster_in(dtype: torch.dtype, device: torch.device) -> bool:
     return best[dtype] < best[torch.float32]
 
 
-def autocast_or_not(device: torch.device, dtype: str | None) -> tuple[Callable[[], AbstractContextManager], str]:
-    """A factory of autocast contexts, and the name of the type in use.
+def choose_precision(device: torch.device, dtype: str | None) -> str:
+    """The type to train in: ``'bfloat16'``, ``'float16'`` or ``'float32'``.
 
     Args:
         device: Where the model runs.
-        dtype: ``'bfloat16'``, ``'float16'``, or None for no autocast. On a CPU it is used only where it is faster.
-
-    Returns:
-        The factory and ``'bfloat16'``, ``'float16'`` or ``'float32'``.
+        dtype: ``'bfloat16'``, ``'float16'``, or None for float32. On a CPU it is taken only where it is faster.
     """
     if dtype is None or (device.type == 'cpu' and not faster_in(getattr(torch, dtype), device)):
-        return nullcontext, 'float32'
-    return lambda: torch.autocast(device.type, dtype=getattr(torch, dtype)), dtype
+        return 'float32'
+    return dtype
+
+
+def autocast_in(device: torch.device, precision: str) -> Callable[[], AbstractContextManager]:
+    """A factory of autocast contexts for what `choose_precision` gave."""
+    if precision == 'float32':
+        return nullcontext
+    return partial(torch.autocast, device.type, dtype=getattr(torch, precision))

@@ -24,9 +24,13 @@ def join_processes(args: Namespace) -> torch.device:
                           'without batch norm, such as emoreg_vit_tiny.')
     try:
         device = init_distributed_device(args)
+        torch.zeros(1, device=device)
     except (ValueError, torch.distributed.DistError) as e:
         raise LaunchError(f'the processes cannot find each other ({str(e).splitlines()[0]}). Start them with torchrun, '
                           'or set MASTER_ADDR and MASTER_PORT, the same for all, beside what SLURM or MPI sets.') from e
+    except (AssertionError, RuntimeError) as e:
+        raise LaunchError(f'--device {args.device}: torch cannot compute there ({str(e).splitlines()[0]}). Choose '
+                          'another one, or install a torch for it.') from e
     args.experiment = first_decides(lambda: args.experiment, args)  # may hold the second in which a process started
     return device
 

@@ -103,8 +103,13 @@ class Run:
 
     def settings(self) -> dict[str, Any]:
         given = {k: v for k, v in self.args.items() if k not in (*MACHINE, 'commit')}
-        return {**given, **self.result.get('recipe', {}), 'task': self.result['task'],
-                'experience': self.result.get('experience')}
+        return {**given, 'task': self.result['task'], 'experience': self.result.get('experience')}
+
+    def resolved(self) -> dict[str, Any]:
+        """What the settings came to in the run; empty where an older train.py did not note it."""
+        if 'recipe' not in self.result:
+            return {}
+        return {**self.result['recipe'], 'loader': self.result['loader'], 'precision': self.result['precision']}
 
 
 def _settings_of(*command: str) -> dict[str, Any]:
@@ -120,6 +125,8 @@ def _different(one: Run, other: Run, aside: tuple[str, ...] = ()) -> str:
     """The settings in which a run differs from another one, with both values; empty if there are none."""
     own = _settings_of()  # an older train.py did as these say without noting it
     a, b = ({**own, **run.settings()} for run in (one, other))
+    if one.resolved() and other.resolved():
+        a, b = a | one.resolved(), b | other.resolved()
     return ', '.join(f'{k} {a[k]!r} (there {b[k]!r})' for k in a if k in b and k not in aside and a[k] != b[k])
 
 
@@ -179,7 +186,7 @@ def _recipe(run: Run, base: str | None) -> str:
     if args['task'] == 'affect':
         aside = OF_STAGE_2
     else:  # a rehearsal shows the stimuli again; no other setting of stage 1 is left beside its result
-        aside = ('affect_epochs', 'pretrained_backbone') if rehearsed else (*OF_STAGE_1, 'pretrained_backbone')
+        aside = ('affect_epochs',) if rehearsed else OF_STAGE_1
     for key, value in args.items():
         if key in (*MACHINE, *aside) or key not in given or given[key] == value:
             continue

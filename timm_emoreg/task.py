@@ -139,6 +139,7 @@ class EmoRegTask(ClassificationTask):
         rehearsal: Weight of stage 1's loss on a batch of stimuli in each step, 0 for none; it costs a forward and a
             backward pass of these. Batch norm goes by their own statistics and keeps running ones of images only.
         stimuli_kind: Kind of the stimuli's targets where they are rehearsed, as `AffectTask` has it.
+        stimuli_smoothing: Their label smoothing, as `AffectTask` has it.
         criterion: Loss function. Created from `criterion_kwargs` by timm when None.
         criterion_kwargs: Arguments for ``timm.loss.create_classification_loss``.
         device: Device for task tensors.
@@ -155,6 +156,7 @@ class EmoRegTask(ClassificationTask):
             keep_affect: float = 0.0,
             rehearsal: float = 0.0,
             stimuli_kind: str = 'class',
+            stimuli_smoothing: float = 0.0,
             criterion: nn.Module | Callable | None = None,
             criterion_kwargs: dict[str, Any] | None = None,
             device: torch.device | None = None,
@@ -180,7 +182,7 @@ class EmoRegTask(ClassificationTask):
         self.balanced_in = balanced_in
         self.keep_affect = keep_affect
         self.rehearsal = rehearsal
-        self.affect_criterion = _affect_criterion(stimuli_kind) if rehearsal else None
+        self.affect_criterion = _affect_criterion(stimuli_kind, stimuli_smoothing) if rehearsal else None
         self.emotion = model.affect_kind == 'emotion'
         self.before = before
         model.set_training_output('responses')

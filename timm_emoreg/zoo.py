@@ -13,7 +13,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-__all__ = ['HUB_FILE', 'WEIGHTS', 'Weight', 'find', 'of_form', 'read_records', 'registry_cfgs', 'write_records']
+__all__ = ['HUB_FILE', 'WEIGHTS', 'Weight', 'find', 'read_records', 'registry_cfgs', 'write_records']
 
 HUB_FILE = 'model.safetensors'  # name of the weight file in its Hub repository
 ASSETS = files('timm_emoreg') / 'assets'
@@ -179,13 +179,6 @@ def find(name: str) -> Weight | None:
         return WEIGHTS[name]
     own = [weight for weight in WEIGHTS.values() if weight.architecture == name and weight.available]
     return next((w for w in own if w.default), own[0] if own else None)
-
-
-def of_form(architecture: str | None, arguments: dict[str, Any]) -> Weight | None:
-    """A weight of an architecture whose model has these arguments, the default one before others; None without one."""
-    fitting = [weight for weight in WEIGHTS.values() if weight.architecture == architecture
-               and all(weight.model_args.get(name) == value for name, value in arguments.items())]
-    return next((w for w in fitting if w.default), fitting[0] if fitting else None)
 
 
 def registry_cfgs(backbones: dict[str, str], make_cfg: Callable[..., dict[str, Any]]) -> dict[str, dict[str, Any]]:

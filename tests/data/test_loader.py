@@ -142,7 +142,7 @@ def test_without_augmentation_training_only_shuffles():
 
 @pytest.mark.parametrize('kind', ['timm', 'resident'])
 def test_too_small_a_training_set_is_refused(kind):
-    with pytest.raises(DataError, match='10 training images are fewer than one batch of 11'):
+    with pytest.raises(DataError, match=r'10 images to train on \(.*\) are fewer than one batch of 11'):
         make(batch_size=11, training=True, kind=kind)
     with pytest.raises(ValueError, match="flip='both' is unknown"):
         make(flip='both', kind=kind)

@@ -68,8 +68,8 @@ class EpochLoader:
         if flip not in FLIPS:
             raise ValueError(f'flip={flip!r} is unknown, expected one of {", ".join(map(repr, FLIPS))}.')
         if training and len(images) < batch_size * world_size:
-            raise DataError(f'{len(images)} training images are fewer than one batch of {batch_size * world_size}. '
-                            'Use a smaller batch size.')
+            raise DataError(f'{len(images)} images to train on ({", ".join(images.target.names[:3])} ...) are fewer '
+                            f'than one batch of {batch_size * world_size}. Use a smaller batch size.')
         self.num_images = len(images)
         self.size = tuple(size)
         self.batch_size = batch_size
