@@ -99,16 +99,6 @@ def test_find(shelf):
     assert zoo.find('emoreg_resnet34') is None
 
 
-def test_of_form(shelf):
-    assert zoo.of_form('emoreg_resnet18', {'num_affect': 1, 'small_image': True}) is shelf[2]  # the default
-    assert zoo.of_form('emoreg_vit_tiny', {'num_affect': 1, 'img_size': 32}) is shelf[3]
-    assert zoo.of_form('emoreg_vit_tiny', {'num_affect': 1, 'img_size': 48}) is None
-    assert zoo.of_form('emoreg_resnet34', {'num_affect': 1}) is None
-    assert zoo.of_form(None, {}) is None
-    zoo.WEIGHTS.pop(shelf[2].name)
-    assert zoo.of_form('emoreg_resnet18', {'num_affect': 1}) is shelf[0]  # the first one
-
-
 @pytest.mark.parametrize(('changes', 'words'), [
     ({'tag': 'smileys'}, "tag 'smileys' does not say stimuli and target, expected 'emoji'"),
     ({'file': 'model.safetensors'}, 'not named after the weight'),
