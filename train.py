@@ -413,7 +413,7 @@ def run_stage(args, task_name: str, splits, device, experience: Experience | Non
     if is_primary(args):
         with writing(out):
             out.mkdir(exist_ok=True)
-    args.start, args.seconds = time.perf_counter(), 0.0
+    args.start = time.perf_counter()
     if device.type == 'cuda':
         torch.cuda.reset_peak_memory_stats(device)  # of the stage before
 
