@@ -49,7 +49,7 @@ from timm_emoreg.arguments import above, at_least, within
 from timm_emoreg.checkpoint import CheckpointError, load_training_checkpoint, newest_checkpoint, restore_best
 from timm_emoreg.commit import project_commit
 from timm_emoreg.curves import draw_curves
-from timm_emoreg.data import STIMULI, TARGETS, DataError, load_stimuli, load_target
+from timm_emoreg.data import STIMULI, TARGETS, DataError, load_stimuli, load_target, stimuli_parts
 from timm_emoreg.data.controls import fewer_images, predict_rotation, shuffle_labels
 from timm_emoreg.data.loader import choose_kind, make_loader
 from timm_emoreg.data.progressive import SMALLEST, ProgressiveLoader
@@ -103,7 +103,8 @@ def parse_args() -> argparse.Namespace:
     group = parser.add_argument_group('emotional regulation')
     group.add_argument('--experience', metavar='PATH-or-tag',
                        help="stage 1's result: checkpoint, folder or weight tag; 'none' for the dual head without it")
-    group.add_argument('--stimuli', help='emoji, ferplus, oasis, nemo, a folder or csv; stage 1 runs first')
+    group.add_argument('--stimuli', help='emoji, ferplus, oasis, nemo, a folder or csv, or several with + between '
+                                         'them; stage 1 runs first')
     group.add_argument('--stimuli-labels', help="which labels of the stimuli, e.g. probability for ferplus; 'rotation' "
                                                 'for the label-free control')
     group.add_argument('--shuffle-stimuli-labels', action='store_true', help='control: labels without meaning')
@@ -181,9 +182,10 @@ def parse_args() -> argparse.Namespace:
     given = vars(parser.parse_args(namespace=argparse.Namespace(**dict.fromkeys(vars(args), parser))))
     given = {name: value for name, value in given.items() if value is not parser}
     for name, known in (('data_dir', ()), ('experience', ()), ('stimuli', STIMULI), ('dataset', TARGETS)):
-        path = getattr(args, name)  # a resumed run may have another working directory
-        if path is not None and path not in known and os.path.exists(path):
-            setattr(args, name, os.path.abspath(path))
+        if (value := getattr(args, name)) is not None:  # a resumed run may have another working directory
+            parts = stimuli_parts(value) if name == 'stimuli' else (value,)
+            setattr(args, name, '+'.join(
+                os.path.abspath(part) if part not in known and os.path.exists(part) else part for part in parts))
 
     if args.resume:
         if not (args.resume / 'args.json').is_file():
@@ -235,7 +237,8 @@ def parse_args() -> argparse.Namespace:
                          'the optimizers.')
     args.backbone = timm_emoreg.BACKBONES.get(args.model, args.model)
     main_set = (args.stimuli or 'emoji') if args.task == 'affect' else args.dataset
-    args.img_size = args.img_size or (32 if main_set in ('cifar10', 'cifar100', *STIMULI) else 224)
+    small = all(part in ('cifar10', 'cifar100', *STIMULI) for part in stimuli_parts(main_set))
+    args.img_size = args.img_size or (32 if small else 224)
     if args.start_img_size is not None:
         if not SMALLEST <= args.start_img_size <= args.img_size:
             parser.error(f'--start-img-size {args.start_img_size}: expected {SMALLEST} to {args.img_size}, '

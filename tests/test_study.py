@@ -214,6 +214,7 @@ def test_time_left_is_that_of_like_runs(run, tmp_path, monkeypatch):
 @pytest.mark.parametrize(('argv', 'message'), [
     (('--models', 'emoreg_resnet_18'), "model 'emoreg_resnet_18' is unknown"),
     (('--stimuli', 'ferpuls'), "stimuli 'ferpuls' is unknown"),
+    (('--stimuli', 'emoji+ferpuls'), "stimuli 'ferpuls' is unknown"),
     (('--targets', 'cifar'), "target 'cifar' is unknown"),
     (('--arms', 'regulatd'), "Did you mean 'regulated'?"),
     (('--train-images', '1e3'), "--train-images 1e3: expected a number of images, or 'all'."),

@@ -125,6 +125,19 @@ def test_ratings_of_a_csv(run, tmp_path, folder):
     assert task == {'target_kind': 'ratings', 'names': ['valence', 'arousal']}
 
 
+def test_several_stimuli_as_one(run, tmp_path, folder, monkeypatch):
+    shutil.copytree(folder / 'red', tmp_path / 'more/Angry')
+    shutil.copytree(folder / 'red', tmp_path / 'more/red')
+    monkeypatch.chdir(tmp_path)
+    status, results, _ = run('--stimuli', f'{folder}+more', '--dataset', folder, '--epochs', 1)
+    assert status == 0
+    assert results[0]['data'] == f'{folder.name}+more'
+    saved = json.loads((tmp_path / 'run/args.json').read_text())
+    assert saved['stimuli'] == f'{folder}+{tmp_path / "more"}'
+    task = torch.load(tmp_path / 'run/affect/last.pth.tar', weights_only=False)['task_state']
+    assert task['names'] == [*sorted(p.name for p in folder.iterdir()), 'anger']
+
+
 def test_a_resumed_run_ends_with_the_numbers_of_an_unbroken_one(run, train, tmp_path, folder, monkeypatch):
     flags = ('--stimuli', folder, '--dataset', folder, '--epochs', 3, '--drop', 0.2, '--mixup', 0.5, '--model-ema',
              '--balance', 'learned', '--start-img-size', 24, '--rehearsal', 1)

@@ -222,8 +222,8 @@ def _refuse_control(args: dict[str, Any], where: Path | str) -> None:
 def _known_stimuli(args: dict[str, Any]) -> tuple[str, str]:
     stimuli = args['stimuli'] or 'emoji'
     if stimuli not in STIMULI:
-        raise HubError(f'The stimuli {stimuli!r} are your own: the terms of a weight trained on them are not known '
-                       f'here. Only weights of {", ".join(STIMULI)} can be built.')
+        raise HubError(f'The stimuli {stimuli!r} are your own, or several sets: the terms of a weight trained on them '
+                       f'are not known here. Only weights of one of {", ".join(STIMULI)} can be built.')
     return stimuli, args['stimuli_labels'] or STIMULI[stimuli][0]
 
 

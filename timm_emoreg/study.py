@@ -40,7 +40,7 @@ import timm
 
 import timm_emoreg
 
-from .data import STIMULI, TARGETS, DataError
+from .data import STIMULI, TARGETS, DataError, stimuli_parts
 from .data.choices import unknown_choice
 from .study_grid import ARMS, COLUMNS, RESERVED, Run, StudyError, images_seen, plan, read_rows, write_rows
 from .study_plots import draw_forest, draw_learning_curves
@@ -273,7 +273,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest='command', required=True)
     run = commands.add_parser('run', help='train what is not finished; flags of train.py for all runs go after --')
     run.add_argument('--models', nargs='+', default=['emoreg_resnet18'], help='emoreg_*, or any timm model')
-    run.add_argument('--stimuli', nargs='+', default=['emoji'], help=f'{", ".join(STIMULI)}, or a folder')
+    run.add_argument('--stimuli', nargs='+', default=['emoji'], help=f'{", ".join(STIMULI)}, a folder, or '
+                     'several as one with + between them')
     run.add_argument('--targets', nargs='+', default=['cifar10'], help=f'{", ".join(TARGETS)}, or a folder')
     run.add_argument('--train-images', nargs='+', default=['all'], help="numbers of training images, or 'all'")
     run.add_argument('--arms', nargs='+', default=list(ARMS), help='default: the eight above')
@@ -304,7 +305,8 @@ def _check(args: argparse.Namespace) -> None:
     for model in args.models:
         if not timm.is_model(model.split('.')[0]):
             raise unknown_choice('', 'model', model, timm.list_models('emoreg*'), 'Or give any of timm.list_models().')
-    for what, names, known in (('stimuli', args.stimuli, STIMULI), ('target', args.targets, TARGETS)):
+    stimuli = [part for name in args.stimuli for part in stimuli_parts(name)]
+    for what, names, known in (('stimuli', stimuli, STIMULI), ('target', args.targets, TARGETS)):
         for name in names:
             if name not in known and not os.path.isdir(name):
                 raise unknown_choice('', what, name, known, 'Or give a folder with a subfolder per class.')

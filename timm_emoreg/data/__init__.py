@@ -10,7 +10,7 @@ from .folders import default_data_dir
 from .sets import DataError, ImageSet, Splits, Target
 
 __all__ = ['STIMULI', 'TARGETS', 'DataError', 'ImageSet', 'Splits', 'Target', 'default_data_dir', 'load_stimuli',
-           'load_target']
+           'load_target', 'stimuli_parts']
 
 # the first label of each set is its default
 STIMULI = {
@@ -29,21 +29,47 @@ def _own_path(name: str, what: str, known: Sequence[str], kinds: str) -> Path:
     return Path(path)
 
 
+def stimuli_parts(name: str) -> tuple[str, ...]:
+    """The names between the plus signs of ``'ferplus+nemo'``; one name, the path of something that exists included,
+    stands for itself."""
+    return (name,) if os.path.exists(os.path.expanduser(name)) else tuple(name.split('+'))
+
+
+def _load_several(name: str, parts: tuple[str, ...], data_dir: str | Path | None, labels: str | None,
+                  rating_columns: Sequence[str] | None, rating_scale: tuple[float, float] | None) -> Splits:
+    if len(set(parts)) < len(parts):
+        raise DataError(f'{name}: a set is named twice. Name each once.')
+    if labels is not None:
+        raise DataError(f'{name}: the labels {labels!r} cannot be chosen for several sets, which are shown with their '
+                        'usual ones. Leave the choice out.')
+    tables = [os.path.isfile(os.path.expanduser(part)) for part in parts]
+    if not any(tables) and (rating_columns is not None or rating_scale is not None):
+        raise DataError(f'{name}: rating_columns and rating_scale belong to a csv file. Leave them out.')
+    from .together import show_together
+    options = {'rating_columns': rating_columns, 'rating_scale': rating_scale}
+    return show_together([load_stimuli(part, data_dir, **(options if table else {}))
+                          for part, table in zip(parts, tables, strict=True)])
+
+
 def load_stimuli(name: str, data_dir: str | Path | None = None, labels: str | None = None, *,
                  rating_columns: Sequence[str] | None = None,
                  rating_scale: tuple[float, float] | None = None) -> Splits:
     """The stimuli of the affective pre-training.
 
     Args:
-        name: A key of `STIMULI`, or the path of a folder with a subfolder per emotion, or of a csv file.
+        name: A key of `STIMULI`, or the path of a folder with a subfolder per emotion, or of a csv file; or several of
+            these with a plus sign between them, such as ``'ferplus+nemo'`` (see `together.show_together`).
         data_dir: Folder of all data sets; None takes `default_data_dir`. Not used for 'emoji' and for paths.
-        labels: One of ``STIMULI[name]``, the first where None; there is no choice for paths.
+        labels: One of ``STIMULI[name]``, the first where None; there is no choice for paths and for several sets.
         rating_columns: Columns of a csv that hold the ratings; needed there, nowhere else.
         rating_scale: Lowest and highest rating of the csv; needed there, nowhere else.
 
     Raises:
         DataError: If the name, the labels or an option do not fit, or the data cannot be used.
     """
+    parts = stimuli_parts(name)
+    if len(parts) > 1:
+        return _load_several(name, parts, data_dir, labels, rating_columns, rating_scale)
     if name in STIMULI:
         if labels is None:
             labels = STIMULI[name][0]

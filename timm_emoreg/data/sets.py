@@ -76,8 +76,8 @@ class ImageSet(Dataset):
     """One split: images with their targets, readable by timm's loader and by the resident loader.
 
     Args:
-        images: Either decoded pictures, a uint8 array of shape (N, H, W, 3) or (N, H, W) for grey ones,
-            or the paths of N image files.
+        images: Either decoded pictures, a uint8 array of shape (N, H, W, 3) or (N, H, W) for grey ones, or N items,
+            each the path of an image file or a uint8 array of shape (H, W, 3) or (H, W).
         targets: (N,) int64, (N, K) float32 or (N, D) float32, as `target` says.
         target: The meaning of the targets.
 
@@ -85,7 +85,7 @@ class ImageSet(Dataset):
         ValueError: If images and targets differ in number, or the targets do not fit `target`.
     """
 
-    def __init__(self, images: np.ndarray | Sequence[Path], targets: torch.Tensor, target: Target):
+    def __init__(self, images: np.ndarray | Sequence[Path | np.ndarray], targets: torch.Tensor, target: Target):
         if len(images) != len(targets):
             raise ValueError(f'{len(images)} images but {len(targets)} targets.')
         expected = (len(images),) if target.kind == 'class' else (len(images), len(target))
@@ -105,9 +105,8 @@ class ImageSet(Dataset):
         Raises:
             DataError: If the file is missing or is not an image.
         """
-        if isinstance(self.images, np.ndarray):
-            return Image.fromarray(self.images[index]).convert('RGB')
-        return read_picture(self.images[index])
+        image = self.images[index]
+        return Image.fromarray(image).convert('RGB') if isinstance(image, np.ndarray) else read_picture(image)
 
     def __getitem__(self, index: int):
         image = self.picture(index)

@@ -1,0 +1,67 @@
+"""Several sets of stimuli shown as one."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .sets import DataError, ImageSet, Splits, Target
+
+__all__ = ['show_together']
+
+_SAME_EMOTION = {'angry': 'anger', 'disgusted': 'disgust', 'fearful': 'fear', 'happy': 'happiness', 'sad': 'sadness',
+                 'surprised': 'surprise'}
+
+
+def _emotion(name: str) -> str:
+    return _SAME_EMOTION.get(name.lower(), name.lower())
+
+
+def _common_target(sets: Sequence[Splits]) -> Target:
+    kinds = {one.target.kind for one in sets}
+    labels = '; '.join(f'{one.name}: {one.target.kind}: {", ".join(one.target.names)}' for one in sets)
+    if kinds == {'class'}:
+        return Target('class', tuple(dict.fromkeys(_emotion(name) for one in sets for name in one.target.names)))
+    if kinds != {'ratings'}:
+        raise DataError(f'One affect response cannot answer labels of different kinds ({labels}). Show together '
+                        'emotions with emotions (ferplus, nemo, folders) or ratings with ratings (emoji, oasis, csv).')
+    first, *others = (one.target.names for one in sets)
+    common = tuple(name for name in first if all(name in names for names in others))
+    if not common:
+        raise DataError(f'These stimuli have no rating in common ({labels}). Rename the columns that mean the same, '
+                        'or show the sets apart.')
+    return Target('ratings', common)
+
+
+def _translated(part: ImageSet, target: Target) -> Tensor:
+    """The targets of `part` in the order and the number of the names of `target`."""
+    if target.kind == 'class':
+        return torch.tensor([target.names.index(_emotion(name)) for name in part.target.names])[part.targets]
+    return part.targets[:, [part.target.names.index(name) for name in target.names]]
+
+
+def show_together(sets: Sequence[Splits]) -> Splits:
+    """The images of all sets in one, part by part: train with train, validation with validation, test with test.
+
+    Emotions of the same name become one class, whatever their case; adjectives count as their nouns ('surprised' as
+    'surprise'). Of ratings those are kept that every set has; each was mapped to [-1, 1] from its own scale. Images
+    keep their sizes. They are mirrored in training only if every set may be.
+
+    Raises:
+        DataError: If the sets have labels of different kinds, or ratings without a common name.
+    """
+    target = _common_target(sets)
+
+    def joined(name: str) -> ImageSet:
+        parts = [getattr(one, name) for one in sets]
+        same = {part.images.shape[1:] if isinstance(part.images, np.ndarray) else None for part in parts}
+        if len(same) == 1 and None not in same:
+            images = np.concatenate([part.images for part in parts])
+        else:
+            images = [image for part in parts for image in part.images]
+        return ImageSet(images, torch.cat([_translated(part, target) for part in parts]), target)
+
+    return Splits('+'.join(one.name for one in sets), joined('train'), joined('validation'), joined('test'),
+                  '; '.join(dict.fromkeys(one.licence for one in sets)), all(one.flip_safe for one in sets))
