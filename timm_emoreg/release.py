@@ -280,12 +280,14 @@ def _origin_of_stage_2(run: Run, experience: str | None, place: Home) -> Origin:
 def _form(run: Run, kind: str, num_affect: int) -> dict[str, Any]:
     """The arguments of EmoReg that the run built its model with."""
     args, own = run.args, {name: p.default for name, p in inspect.signature(timm_emoreg.EmoReg).parameters.items()}
+    # what is dropped (units, patches, layers) is dropped in training only: the run's recipe, not the weight's form
+    kwargs = {k: v for k, v in args['model_kwargs'].items() if not ('drop' in k and k.endswith('_rate'))}
     stage_2 = run.result['task'] == 'emoreg'
     form = {'num_affect': num_affect, 'affect_kind': kind,
             'balance': args['balance'] if stage_2 else own['balance'],
             'modulation': args['modulation'] if stage_2 else own['modulation'],
             'experience': 'separate' if stage_2 and args['separate_experience'] else own['experience'],
-            'small_image': args['small_image'], **args['model_kwargs']}
+            'small_image': args['small_image'], **kwargs}
     backbone = timm_emoreg.BACKBONES[args['model']]
     if args['small_image'] or timm.get_pretrained_cfg(backbone).fixed_input_size:
         form['img_size'] = args['img_size']
