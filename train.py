@@ -88,7 +88,8 @@ LABELS_OF_STAGE_1 = ('stimuli_labels', 'shuffle_stimuli_labels', 'rating_columns
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
     yes_no = argparse.BooleanOptionalAction
 
     group = parser.add_argument_group('what to train')
@@ -214,6 +215,9 @@ def parse_args() -> argparse.Namespace:
         parser.error(f'--model {args.model}: unknown. timm.list_models() names all, emoreg_* are this package\'s.')
     if args.rehearsal and (args.task != 'emoreg' or not args.stimuli):
         parser.error(f'--rehearsal {args.rehearsal} shows --stimuli beside the images of --task emoreg: give both.')
+    if args.shuffle_stimuli_labels and args.stimuli_labels == 'rotation':
+        parser.error('--shuffle-stimuli-labels leaves nothing of --stimuli-labels rotation, which is a control of its '
+                     'own. Leave one of them out.')
     if args.rehearsal and args.grad_checkpointing:
         parser.error(f'--rehearsal {args.rehearsal}: --grad-checkpointing would run batch norm over the stimuli twice. '
                      'Leave one of them out.')
@@ -454,6 +458,10 @@ def run_stage(args, task_name: str, splits, device, experience: Experience | Non
     if felt is not None and felt.target.kind == 'ratings' and batch_size < 2:
         raise DataError(f'1 - CCC needs 2 images or more a step, --batch-size {whole_batch} gives {batch_size} a '
                         f'process and accumulation step. Use at least {2 * args.world_size * args.grad_accum_steps}.')
+
+    if mix and batch_size % 2:
+        raise DataError(f'--mixup and --cutmix mix the images of a step in pairs, --batch-size {whole_batch} gives '
+                        f'{batch_size} a process and accumulation step. Use a number that makes it even.')
 
     def choose() -> dict[str, str]:  # by what is fast and free here now, so it must not be chosen again
         shown = {'loader': splits} | ({'stimuli_loader': stimuli} if stimuli else {})

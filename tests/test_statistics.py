@@ -33,10 +33,22 @@ def test_too_few_pairs_give_no_interval():
     assert all(map(math.isnan, one[2:]))
 
 
-def test_equal_differences_give_no_p():
-    found = paired_difference([3.0, 4.0, 5.0], [2.0, 3.0, 4.0])
-    assert found[:5] == (3, 1.0, 0.0, 1.0, 1.0)
+@pytest.mark.parametrize(('ours', 'theirs'), [
+    ([3.0, 4.0, 5.0], [2.0, 3.0, 4.0]),
+    ([58.41, 57.30, 59.07], [57.67, 56.56, 58.33]),
+    ([0.0, 0.0], [0.0, 0.0]),
+])
+def test_equal_differences_give_no_p(ours, theirs):
+    found = paired_difference(ours, theirs)
+    assert found[:5] == pytest.approx((len(ours), ours[0] - theirs[0], 0.0, *2 * [ours[0] - theirs[0]]), abs=1e-9)
+    assert found.sd == 0
     assert math.isnan(found.p)
+
+
+def test_small_differences_are_no_equal_ones():
+    found = paired_difference([60.01, 60.02, 60.01], [60.0, 60.0, 60.0])
+    assert found.sd == pytest.approx(0.00577, rel=1e-2)
+    assert 0 < found.p < 0.1
 
 
 def test_pairs_must_be_pairs():

@@ -4,6 +4,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import threading
 from pathlib import Path
@@ -229,6 +230,32 @@ def test_what_does_not_fit_is_refused(run, tmp_path, argv, message):
     assert status == 2
     assert message in err
     assert not (tmp_path / 's').exists()
+
+
+def test_a_set_that_is_not_there_ends_no_run_of_another(run, tmp_path, monkeypatch):
+    monkeypatch.setenv('EMOREG_DATA', str(tmp_path))
+    status, out, err = run('--stimuli', 'emoji', 'oasis', '--arms', 'plain', 'regulated', '--seeds', 0)
+    assert (status, err) == (0, '')
+    assert '[5/5]' in out
+    assert ' left' not in out.split('[2/5]')[0]  # nobody knows how large OASIS is
+
+
+def test_stage_1_of_a_study_is_judged_at_its_end(run, tmp_path):
+    assert run('--arms', 'regulated', 'shuffled', '--seeds', 0, '--affect-epochs', 7)[0] == 0
+    flags = [row['flags'] for row in read_rows(tmp_path / 's/stage1.csv')]
+    assert len(flags) == 2
+    assert all('--epochs 7 --val-interval 7' in line for line in flags)
+
+
+def test_a_table_without_runs_overwrites_nothing(run, tmp_path, capsys):
+    assert run('--arms', 'plain', '--seeds', 0)[0] == 0
+    shutil.rmtree(tmp_path / 's/runs')
+    (tmp_path / 's/table.md').write_text('with predictions')
+    assert main(['table', '--output', str(tmp_path / 's')]) == 0
+    out = capsys.readouterr().out
+    assert '| plain | 1 |' in out
+    assert 'Nothing is written: the runs are not there' in out
+    assert (tmp_path / 's/table.md').read_text() == 'with predictions'
 
 
 def test_a_run_with_other_flags_is_no_run_of_this_study(run, tmp_path):

@@ -64,7 +64,7 @@ def test_what_an_arm_asks_of_the_training_script(grid, arm, expected, first):
         assert len(runs) == 1
         assert runs[0].needs is None
     else:
-        assert flags(runs[0]) == f'{COMMON} --task affect --stimuli ferplus{first} --epochs 5'
+        assert flags(runs[0]) == f'{COMMON} --task affect --stimuli ferplus{first} --epochs 5 --val-interval 5'
         assert [run.key for run in runs] == [runs[1].needs, runs[1].key]
 
 
@@ -84,7 +84,7 @@ def test_flags_of_all_and_of_each_stage(grid):
     runs, _ = grid(arms=['regulated:lr=0.2'], flags=['--smoothing', '0'], affect_flags=['--lr', '0.002'],
                    target_flags=['--lr', '0.1'])
     assert [flags(run).partition(' --epochs ')[2] for run in runs] == [
-        '5 --smoothing 0 --lr 0.002', '20 --smoothing 0 --lr 0.1 --lr 0.2']  # the last one counts
+        '5 --val-interval 5 --smoothing 0 --lr 0.002', '20 --smoothing 0 --lr 0.1 --lr 0.2']  # the last one counts
 
 
 def test_stage_1_and_plain_are_shared(grid):
@@ -136,3 +136,8 @@ def test_an_option_cannot_take_what_the_study_decides():
 def test_two_sets_of_one_name_are_refused(grid):
     with pytest.raises(StudyError, match=r'resnet10t_set_1000_plain_s0: two runs would have that name'):
         grid(arms=['plain'], targets=['a/set', 'b/set'])
+
+
+def test_several_stimuli_and_paths_have_short_names():
+    assert study_grid.short_name('ferplus+/my/faces') == 'ferplus+faces'
+    assert study_grid.short_name('/my/faces/') == 'faces'

@@ -291,6 +291,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(run, tmp_path, folder):
     (('--keep-affect', '1', '--separate-experience'), 'keep_affect=1.0 has nothing to keep'),
     (('--rehearsal', '-1', '--stimuli', 'emoji'), 'rehearsal=-1.0 is no weight of a loss'),
     (('--rehearsal', '1', '--stimuli', 'emoji', '--grad-checkpointing'), 'would run batch norm over the stimuli twice'),
+    (('--stimuli-labels', 'rotation', '--shuffle-stimuli-labels'), 'leaves nothing of --stimuli-labels rotation'),
+    (('--epoch', '3'), 'unrecognized arguments: --epoch 3'),
     (('--smoothing', '1'), '--smoothing: expected a number from 0 to below 1, got 1'),
     (('--epochs', '9' * 400), '--epochs: expected a whole number, 1 or more, got 999'),
     (('--rehearsal', '1'), '--rehearsal 1.0 shows --stimuli beside the images of --task emoreg: give both'),
@@ -320,6 +322,8 @@ def test_flags_that_do_not_fit_are_refused(train, monkeypatch, capsys, argv, mes
     (('--model-kwargs', 'channels=[8,8,8,8]', '--experience', 'emoreg_resnet18.emoji', '--task', 'plain'),
      'cannot be built so: emoreg_resnet18.emoji: its backbone is of another architecture'),
     (('--grad-accum-steps', 50, '--task', 'plain'), '--grad-accum-steps 50: an epoch has '),
+    (('-b', 5, '--mixup', '0.2', '--task', 'plain'), '--batch-size 5 gives 5 a process and accumulation step. Use a '
+                                                     'number that makes it even'),
     (('--device', 'abacus'), '--device abacus: torch cannot compute there ('),
 ])
 def test_what_is_found_too_late_for_the_command_line_leaves_nothing(run, tmp_path, folder, flags, message):

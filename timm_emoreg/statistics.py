@@ -55,8 +55,8 @@ def paired_difference(ours: Sequence[float], theirs: Sequence[float], confidence
     n, (mean, sd) = len(differences), mean_sd(differences)
     if n < 2:
         return Difference(n, mean, sd, math.nan, math.nan, math.nan)
-    if sd == 0:
-        return Difference(n, mean, sd, mean, mean, math.nan)
+    if sd <= 1e-12 * max(map(abs, (*ours, *theirs))):  # all equal, but for the rounding of each subtraction
+        return Difference(n, mean, 0.0, mean, mean, math.nan)
     student = _scipy_stats().t(n - 1)
     error = sd / math.sqrt(n)
     margin = student.ppf((1 + confidence) / 2) * error

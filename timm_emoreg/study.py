@@ -179,7 +179,8 @@ class Study:
                                     pass_fds=(lock,), start_new_session=True)
 
     def seconds_left(self, waiting: Iterable[Run], running: Iterable[tuple[Run, float]] = ()) -> float | None:
-        """Estimate from the seconds an image of the finished runs that are most alike; None before the first one."""
+        """Estimate from the seconds an image of the finished runs that are most alike; None before the first one, and
+        where the size of a set is not known, as it is not there."""
         pace = defaultdict(list)
 
         def kinds(model, arm, stimuli, target, images):
@@ -198,7 +199,10 @@ class Study:
             kind = next(k for k in kinds(run.model, run.arm, run.stimuli, run.target, run.train_images) if k in pace)
             return statistics.median(pace[kind]) * run.epochs * images_seen(run, self.data_dir)
 
-        total = sum(estimate(run) for run in waiting) + sum(max(estimate(r) - passed, 0) for r, passed in running)
+        try:
+            total = sum(estimate(run) for run in waiting) + sum(max(estimate(r) - passed, 0) for r, passed in running)
+        except DataError:  # the runs that need the set will fail and say so; the others go on
+            return None
         return total / self.jobs
 
     def execute(self, runs: Sequence[Run], lock: int) -> int:
@@ -374,6 +378,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         text, rows = make_table(args.output, settings, args.data_dir, args.duplicates)
         print(text)
         if args.seeds is not None:
+            return 0
+        if not (args.output / 'runs').is_dir():
+            print('Nothing is written: the runs are not there, and without their predictions the files would say less.')
             return 0
         write_table(args.output, text, rows)
         draw_forest(args.output, settings, args.output / 'forest.png')

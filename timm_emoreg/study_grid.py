@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-from .data import load_stimuli, load_target
+from .data import load_stimuli, load_target, stimuli_parts
 from .data.choices import unknown_choice
 
 __all__ = ['ARMS', 'COLUMNS', 'RESERVED', 'Arm', 'Run', 'StudyError', 'images_seen', 'parse_arm', 'plan', 'read_rows',
-           'write_rows']
+           'short_name', 'write_rows']
 
 
 class StudyError(ValueError):
@@ -128,6 +128,11 @@ class Run:
     needs: str | None = None
 
 
+def short_name(name: str) -> str:
+    """The name of a set, of several as one, or the last part of a path."""
+    return '+'.join(Path(part).name for part in stimuli_parts(name))
+
+
 @functools.cache
 def stimuli_images(name: str, data_dir: str | None) -> int:
     """Number of images that an epoch of stage 1 sees."""
@@ -141,7 +146,7 @@ def target_images(name: str, data_dir: str | None) -> int:
 
 
 def images_seen(run: Run, data_dir: str | None) -> int:
-    """Number of images that an epoch of a run sees."""
+    """Number of images that an epoch of a run sees, but for a last batch that is not full."""
     if run.task == 'affect':
         return stimuli_images(run.stimuli, data_dir)
     return target_images(run.target, data_dir) if run.train_images == 'all' else int(run.train_images)
@@ -149,7 +154,7 @@ def images_seen(run: Run, data_dir: str | None) -> int:
 
 def _name(*parts: object) -> str:
     """A readable file name; a path counts by its last part."""
-    return '_'.join(Path(str(part)).name.replace(':', '.') for part in parts)
+    return '_'.join(short_name(str(part)).replace(':', '.') for part in parts)
 
 
 def plan(args: argparse.Namespace) -> tuple[list[Run], list[str]]:
@@ -178,7 +183,10 @@ def plan(args: argparse.Namespace) -> tuple[list[Run], list[str]]:
         return add(Run(_name(model, stimuli, arm, f's{seed}'), arm, 'affect', model, stimuli, '', '', seed,
                        args.affect_epochs, (
                            '--model', model, '--seed', str(seed), '--task', 'affect', *shown(stimuli, labels),
-                           '--epochs', str(args.affect_epochs), *args.flags, *args.affect_flags)))
+                           '--epochs', str(args.affect_epochs),
+                           # where labels are noise, so is the validation: its best epoch would come early, and what
+                           # is to be a control of the labels would be one of the length of training, too
+                           '--val-interval', str(args.affect_epochs), *args.flags, *args.affect_flags)))
 
     arms = [parse_arm(name) for name in args.arms]
     for seed, model, stimuli, target, images, arm in product(

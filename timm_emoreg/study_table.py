@@ -13,7 +13,7 @@ from .data import load_target
 from .data.controls import fewer_images
 from .data.duplicates import NEAR, copies
 from .statistics import Difference, holm, mcnemar, mean_sd, paired_difference
-from .study_grid import ARMS, StudyError, read_rows, write_rows
+from .study_grid import ARMS, StudyError, read_rows, short_name, write_rows
 
 __all__ = ['Comparison', 'Setting', 'compare', 'controls', 'make_table', 'read_settings', 'write_table']
 
@@ -30,7 +30,7 @@ class Setting(NamedTuple):
     @property
     def title(self) -> str:
         images = 'all' if self.train_images == 'all' else f'{int(self.train_images):,}'
-        stimuli = f'{Path(self.stimuli).name} → ' if self.stimuli else ''
+        stimuli = f'{short_name(self.stimuli)} → ' if self.stimuli else ''
         return f'{self.model}: {stimuli}{Path(self.target).name}, {images} training images'
 
 
@@ -174,7 +174,7 @@ def _column(rows: dict[int, dict[str, str]], name: str) -> list[float]:
 
 
 NOTES = '''Test accuracy in percent, of the epoch that the validation part chose. ± is the sd over seeds. Differences
-are paired by seed (same split, order and initial weights where two arms have the same layer), in points, with the 95 %
+are paired by seed (same split, order and initial weights of backbone and non-emotional head), in points, with the 95 %
 interval and p of Student's paired t test. Holm: p corrected for all comparisons of that arm in its table. Images: test
 images that only the arm has right : only the control, over all seeds, and McNemar's exact test on these sums. The
 images are the same ones for each seed, so their number is overstated and that p is optimistic.

@@ -57,7 +57,6 @@ def test_ratings_have_no_strata():
 @pytest.mark.parametrize('kind', ['class', 'ratings'])
 def test_shuffled_labels_are_the_same_labels_on_other_images(kind):
     whole, mixed = splits(LABELS, kind=kind), shuffle_labels(splits(LABELS, kind=kind), seed=3)
-    assert mixed.train.images is not None
     assert np.array_equal(mixed.train.images, whole.train.images)
     for part in ('train', 'validation', 'test'):
         before, after = getattr(whole, part).targets, getattr(mixed, part).targets
@@ -65,6 +64,21 @@ def test_shuffled_labels_are_the_same_labels_on_other_images(kind):
         assert not torch.equal(before, after)
     assert torch.equal(mixed.train.targets, shuffle_labels(splits(LABELS, kind=kind), seed=3).train.targets)
     assert mixed.name == 'made (shuffled labels)'
+
+
+def test_pictures_of_the_same_thing_keep_one_label_when_labels_are_shuffled():
+    things, ratings = torch.tensor([7, 7, 2, 5, 5, 5, 9, 9, 4]), torch.linspace(-1, 1, 10)
+    images = np.zeros((len(things), 8, 8, 3), np.uint8)
+    part = ImageSet(images, ratings[things][:, None], Target('ratings', ('valence',)), things)
+    part = part.subset([8, 0, 1, 2, 3, 4, 5, 6, 7])
+    seen = set()
+    for seed in range(20):
+        labels = shuffle_labels(Splits('made', part, part, part, 'none'), seed).train.targets[:, 0]
+        by_thing = {int(thing): labels[part.groups == thing].unique().tolist() for thing in part.groups}
+        assert all(len(found) == 1 for found in by_thing.values())
+        assert sorted(found[0] for found in by_thing.values()) == pytest.approx(ratings[[2, 4, 5, 7, 9]].tolist())
+        seen.add(tuple(labels.tolist()))
+    assert len(seen) > 10
 
 
 def test_rotations_turn_the_pictures_as_the_target_says():

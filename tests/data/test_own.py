@@ -81,6 +81,15 @@ def test_train_beside_other_names_is_a_class(tmp_path):
     assert load_folder(tmp_path).target.names == ('boat', 'train')
 
 
+def test_a_folder_beside_the_parts_is_refused(tmp_path):
+    for part in ('train', 'Test'):
+        for name in ('anger', 'joy'):
+            draw(tmp_path / part / name, 5)
+    draw(tmp_path / 'extra', 3)
+    with pytest.raises(DataError, match=r"'extra' lies beside the parts test, train and is none of them\. Move it"):
+        load_folder(tmp_path)
+
+
 def test_linked_folders_are_not_followed(tmp_path):
     for name in ('anger', 'joy'):
         draw(tmp_path / name, 5)

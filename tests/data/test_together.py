@@ -12,10 +12,13 @@ from timm_emoreg.data.together import show_together
 
 
 def splits(name, target, targets, size=(8, 8), shade=0, licence='none', flip_safe=True) -> Splits:
-    """Three equal parts of pictures in one shade."""
-    images = np.full((len(targets), *size), shade, np.uint8)
-    part = ImageSet(images, torch.tensor(targets), target)
-    return Splits(name, part, part, part, licence, flip_safe)
+    """Three parts of pictures in one shade, but for the pixel that tells their part."""
+    parts = []
+    for number in range(3):
+        images = np.full((len(targets), *size), shade, np.uint8)
+        images[:, 1, 1] = number
+        parts.append(ImageSet(images, torch.tensor(targets), target))
+    return Splits(name, *parts, licence, flip_safe)
 
 
 FACES = splits('faces', Target('class', ('neutral', 'surprise', 'anger')), [0, 1, 2, 1], shade=10, licence='a')
@@ -63,6 +66,28 @@ def test_pictures_of_several_sizes_make_batches_of_one(sets, kind):
     assert (images[:, 0, 4, 4] * 255).round().tolist() == shades
 
 
+def test_a_picture_of_an_evaluation_part_is_in_no_earlier_part():
+    def one(name, *shades):
+        parts = [ImageSet(np.stack([np.full((8, 8), shade, np.uint8) for shade in part]), torch.zeros(len(part)).long(),
+                          Target('class', ('joy',))) for part in shades]
+        return Splits(name, *parts, 'none')
+
+    both = show_together([one('a', [1, 2, 3], [4, 5], [6]), one('b', [4, 6, 7], [1, 6, 8], [2, 9])])
+    assert [[int(np.array(part.picture(i))[0, 0, 0]) for i in range(len(part))]
+            for part in (both.train, both.validation, both.test)] == [[3, 7], [4, 5, 1, 8], [6, 2, 9]]
+
+
+def test_things_of_several_sets_stay_apart():
+    part = SIGNS.train
+    grouped = ImageSet(part.images, part.targets, part.target, torch.tensor([3, 3, 0]))
+    both = show_together([SCENES, Splits('signs', SIGNS.train, SIGNS.validation, grouped, 'none')])
+    groups = both.test.groups.tolist()
+    assert both.train.groups is None
+    assert groups[2] == groups[3]
+    assert len({*groups}) == 4
+    assert show_together([FACES, VOICES]).test.groups is None
+
+
 def test_controls_of_several_sets():
     both = show_together([FACES, VOICES])
     shuffled = shuffle_labels(both, seed=0).train
@@ -73,16 +98,16 @@ def test_controls_of_several_sets():
     assert not turned.flip_safe
 
 
-def write_folder(root, names):
-    for name in names:
+def write_folder(root, names, blue=0):
+    for red, name in enumerate(names):
         (root / name).mkdir(parents=True)
-        for i in range(4):
-            Image.new('RGB', (4, 4)).save(root / name / f'{i}.png')
+        for green in range(4):
+            Image.new('RGB', (4, 4), (red, green, blue)).save(root / name / f'{green}.png')
     return root
 
 
 def test_several_sets_by_name(tmp_path):
-    a, b = write_folder(tmp_path / 'a', ('happy', 'sad')), write_folder(tmp_path / 'b', ('Happiness', 'fear'))
+    a, b = write_folder(tmp_path / 'a', ('happy', 'sad')), write_folder(tmp_path / 'b', ('Happiness', 'fear'), 1)
     both = load_stimuli(f'{a}+{b}')
     assert both.target.names == ('happiness', 'sadness', 'fear')
     assert len(both.train) == 8

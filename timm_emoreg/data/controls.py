@@ -45,14 +45,18 @@ def fewer_images(splits: Splits, number: int, seed: int) -> Splits:
 
 
 def shuffle_labels(splits: Splits, seed: int) -> Splits:
-    """The same images and the same labels, but each image has the label of another one of its part.
+    """The same images and the same labels, but which has which is drawn at random within each part; images that show
+    the same thing still have one label.
 
     What a network learns from these stimuli cannot come from what the labels mean.
     """
     generator = np.random.RandomState(seed)
 
     def shuffled(part: ImageSet) -> ImageSet:
-        return ImageSet(part.images, part.targets[generator.permutation(len(part))], part.target)
+        groups = np.arange(len(part)) if part.groups is None else part.groups.numpy()
+        _, first, group = np.unique(groups, return_index=True, return_inverse=True)
+        labels = part.targets[first[generator.permutation(len(first))]]
+        return ImageSet(part.images, labels[group], part.target, part.groups)
 
     return replace(splits, name=f'{splits.name} (shuffled labels)', train=shuffled(splits.train),
                    validation=shuffled(splits.validation), test=shuffled(splits.test))

@@ -184,13 +184,20 @@ def object_parts() -> tuple[np.ndarray, ...]:
     return _split([i for i, e in enumerate(index) if e.family not in shown], OBJECT_SHARES)
 
 
+def _emoji_number(part: np.ndarray) -> torch.Tensor:
+    """The same number for all drawings of an emoji: (N,) int64."""
+    index = emoji_index()
+    numbers = {codepoints: n for n, codepoints in enumerate(dict.fromkeys(e.codepoints for e in index))}
+    return torch.tensor([numbers[index[i].codepoints] for i in part])
+
+
 def _class_sets(parts: Sequence[np.ndarray]) -> list[ImageSet]:
     """Image sets labelled by group; the classes are the groups that occur, in Unicode's order."""
     index = emoji_index()
     occurring = {index[i].group for part in parts for i in part}
     names = tuple(group for group in GROUPS if group in occurring)
     return [ImageSet(emoji_pictures()[part], torch.tensor([names.index(index[i].group) for i in part]),
-                     Target('class', names)) for part in parts]
+                     Target('class', names), _emoji_number(part)) for part in parts]
 
 
 def load_emoji_stimuli(labels: str = 'valence') -> Splits:
@@ -201,7 +208,8 @@ def load_emoji_stimuli(labels: str = 'valence') -> Splits:
             pictures in the same order, a label without affect, shape (N,).
 
     Returns:
-        Three parts, divided by family within each group; images uint8, shape (N, 64, 64, 3).
+        Three parts, divided by family within each group; images uint8, shape (N, 64, 64, 3). The drawings of one
+        emoji are one of the ``groups`` of the set.
 
     Raises:
         ValueError: If `labels` is neither.
@@ -212,7 +220,7 @@ def load_emoji_stimuli(labels: str = 'valence') -> Splits:
     elif labels == 'valence':
         index = emoji_index()
         sets = [ImageSet(emoji_pictures()[part], torch.tensor([[index[i].valence] for i in part]),
-                         Target('ratings', ('valence',), -1.0, 1.0)) for part in stimulus_parts()]
+                         Target('ratings', ('valence',), -1.0, 1.0), _emoji_number(part)) for part in stimulus_parts()]
     else:
         raise ValueError(f"Emoji labels {labels!r} are unknown, expected 'valence' or 'group'.")
     return Splits('emoji', *sets, licence=LICENCE)

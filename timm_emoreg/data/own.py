@@ -69,8 +69,15 @@ def _images(folder: Path) -> list[Path]:
 def _part_folders(root: Path) -> dict[str, Path]:
     """The folder of each part; a root without parts is all train."""
     found = _subfolders(root)
-    if 'train' not in (p.name.lower() for p in found) or any(p.name.lower() not in _PARTS for p in found):
+    names = {p.name.lower() for p in found}
+    if 'train' not in names:
         return {'train': root}
+    if others := sorted(p.name for p in found if p.name.lower() not in _PARTS):
+        named = sorted(names & _PARTS.keys())
+        if len(named) == 1:  # a class of trains
+            return {'train': root}
+        raise DataError(f'{root}: {others[0]!r} lies beside the parts {", ".join(named)} and is none of them. Move it '
+                        'elsewhere, or into a part if it is a class.')
     parts: dict[str, Path] = {}
     for folder in found:
         part = _PARTS[folder.name.lower()]

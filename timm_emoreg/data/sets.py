@@ -80,12 +80,15 @@ class ImageSet(Dataset):
             each the path of an image file or a uint8 array of shape (H, W, 3) or (H, W).
         targets: (N,) int64, (N, K) float32 or (N, D) float32, as `target` says.
         target: The meaning of the targets.
+        groups: (N,) int64, the same number for images that show the same thing and have one label; None where each
+            image stands for itself.
 
     Raises:
         ValueError: If images and targets differ in number, or the targets do not fit `target`.
     """
 
-    def __init__(self, images: np.ndarray | Sequence[Path | np.ndarray], targets: torch.Tensor, target: Target):
+    def __init__(self, images: np.ndarray | Sequence[Path | np.ndarray], targets: torch.Tensor, target: Target,
+                 groups: torch.Tensor | None = None):
         if len(images) != len(targets):
             raise ValueError(f'{len(images)} images but {len(targets)} targets.')
         expected = (len(images),) if target.kind == 'class' else (len(images), len(target))
@@ -94,6 +97,7 @@ class ImageSet(Dataset):
         self.images = images
         self.targets = targets
         self.target = target
+        self.groups = groups
         self.transform: Callable | None = None  # set by timm.data.create_loader
 
     def __len__(self) -> int:
@@ -122,7 +126,8 @@ class ImageSet(Dataset):
             images = self.images[indices.numpy()]
         else:
             images = [self.images[i] for i in indices.tolist()]
-        return ImageSet(images, self.targets[indices], self.target)
+        groups = None if self.groups is None else self.groups[indices]
+        return ImageSet(images, self.targets[indices], self.target, groups)
 
     def pixels(self, size: tuple[int, int]) -> torch.Tensor:
         """Every image resized to `size` (H, W), bicubic with antialiasing: uint8, shape (N, 3, H, W).
