@@ -322,8 +322,8 @@ def test_flags_that_do_not_fit_are_refused(train, monkeypatch, capsys, argv, mes
     (('--model-kwargs', 'channels=[8,8,8,8]', '--experience', 'emoreg_resnet18.emoji', '--task', 'plain'),
      'cannot be built so: emoreg_resnet18.emoji: its backbone is of another architecture'),
     (('--grad-accum-steps', 50, '--task', 'plain'), '--grad-accum-steps 50: an epoch has '),
-    (('-b', 5, '--mixup', '0.2', '--task', 'plain'), '--batch-size 5 gives 5 a process and accumulation step. Use a '
-                                                     'number that makes it even'),
+    (('-b', 5, '--mixup', '0.2', '--experience', 'none'),
+     '--batch-size 5 gives 5 a process and accumulation step. Use a number that makes it even'),
     (('--device', 'abacus'), '--device abacus: torch cannot compute there ('),
 ])
 def test_what_is_found_too_late_for_the_command_line_leaves_nothing(run, tmp_path, folder, flags, message):
