@@ -7,7 +7,8 @@ import pytest
 import timm
 import torch
 from backbone_sweep import layer_decay
-from timm.models import get_model_args, get_model_input_config, group_parameters
+from timm.data import resolve_model_data_config
+from timm.models import PretrainedCfg, get_model_args, get_model_input_config, group_parameters
 from timm.models._hub import save_for_hf
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3, freeze
@@ -70,6 +71,9 @@ def test_balance_0_on_a_bare_timm_checkpoint(backbone, tmp_path):
     assert torch.equal(model(images()), plain(images()))
     model.balance = 0.5  # G = S = 0 and both heads the checkpoint's
     assert_close(model(images()), plain(images()))
+    separate = timm.create_model('emoreg', pretrained=True, backbone=backbone, num_classes=7, experience='separate',
+                                 pretrained_cfg_overlay=overlay, **BACKBONES[backbone]).eval()
+    assert_close(separate(images()), plain(images()))
 
 
 def test_balance_1_is_the_emotional_response_alone():
@@ -288,6 +292,40 @@ def test_a_wider_pooling_renews_what_reads_it():
     assert model.balance == 'gate'
 
 
+def test_what_the_balance_has_learned_outlives_a_wider_pooling():
+    model = stir(create(balance='learned', modulation=False))
+    before = model.balance
+    model.reset_classifier(7, 'catavgmax')
+    assert model.balance == before != 0.5
+
+
+@pytest.mark.parametrize('unpool', [lambda m: m.reset_classifier(0, ''), lambda m: m.prune_intermediate_layers([0])])
+@both
+def test_without_pooled_features_there_is_no_response(backbone, unpool):
+    model = create(backbone).eval()
+    unpool(model)
+    for forward in (model.forward_affect, model.forward_responses):
+        with pytest.raises(RuntimeError, match='leaves no pooled vector for the heads to read'):
+            forward(images())
+
+
+@pytest.mark.parametrize('size', [None, 48])
+def test_the_small_image_form_is_shown_small_images(size, tmp_path):
+    expected = (size or 32, size or 32)
+    named = timm.create_model('emoreg_resnet18', num_classes=3, small_image=True, img_size=size, in_chans=1)
+    wrapped = create('resnet10t', small_image=True, img_size=size)
+    direct = EmoReg('resnet10t', num_classes=3, small_image=True, img_size=size)
+    for model in (named, wrapped, direct):
+        config = resolve_model_data_config(model)
+        assert config['input_size'][1:] == expected
+        assert config['crop_pct'] == 1.0
+    save_for_hf(named, tmp_path, safe_serialization=True)
+    again = timm.create_model(f'local-dir:{tmp_path}', pretrained=True)
+    assert resolve_model_data_config(again)['input_size'] == (1, *expected)
+    assert get_model_input_config(again)['input_size'] == (1, *expected)
+    assert create('resnet10t').pretrained_cfg['input_size'][1:] != expected
+
+
 def test_registered_models_follow_their_backbones_cfg():
     for name, backbone in BACKBONE_OF.items():
         cfg = timm.create_model(name, device='meta').pretrained_cfg
@@ -305,6 +343,8 @@ def test_the_cfg_that_timms_scripts_resolve_gives_way_to_the_backbones():
     assert (model.pretrained_cfg['mean'], model.pretrained_cfg['first_conv']) == (own.mean, 'backbone.patch_embed.proj')
     overlay = timm.create_model('emoreg', backbone='test_vit', pretrained_cfg_overlay={'mean': (0.1, 0.2, 0.3)})
     assert overlay.pretrained_cfg['mean'] == (0.1, 0.2, 0.3)
+    given = timm.create_model('emoreg', backbone='test_vit', pretrained_cfg=PretrainedCfg(mean=(0.1, 0.2, 0.3)))
+    assert given.pretrained_cfg['mean'] == (0.1, 0.2, 0.3)
 
 
 def test_an_input_stem_that_follows_the_arguments():
@@ -409,6 +449,41 @@ def test_export_reloads_with_equal_outputs(backbone, reset, tmp_path):
     assert torch.equal(again(images()), model(images()))
     assert again.global_pool == model.global_pool
     assert (tmp_path / 'model.safetensors').is_file()
+
+
+@pytest.mark.parametrize('make', [
+    lambda: EmoReg('test_vit', img_size=32, num_classes=5, num_affect=2, affect_kind='ratings', balance=0.3),
+    lambda: EmoReg(plain_model('test_vit'), num_affect=2, affect_kind='ratings', balance=0.3, modulation=False),
+    lambda: EmoReg('test_resnet', num_classes=5, in_chans=1, experience='separate'),
+], ids=['name', 'built', 'separate'])
+def test_a_model_built_without_the_factory_is_a_timm_model(make, tmp_path):
+    model = stir(make()).eval()
+    backbone = timm.get_pretrained_cfg(get_model_args(model)['backbone'])
+    assert resolve_model_data_config(model)['mean'] == backbone.mean
+    save_for_hf(model, tmp_path, safe_serialization=True)
+    again = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
+    assert torch.equal(again(images(chans=model.in_chans)), model(images(chans=model.in_chans)))
+    assert again.affect_kind == model.affect_kind
+    assert again.balance == model.balance
+
+
+@pytest.mark.parametrize('mode', [True, False])
+def test_a_built_model_keeps_its_mode(mode):
+    model = EmoReg(plain_model().train(mode))
+    assert {m.training for m in model.modules()} == {mode}
+
+
+@pytest.mark.parametrize(('backbone', 'changed'), [('test_resnet', {'in_chans': 1}), ('test_vit', {'img_size': 48})])
+def test_an_export_with_a_separate_stream_fits_other_inputs(backbone, changed, tmp_path):
+    model = stir(create(backbone, experience='separate'))
+    save_for_hf(model, tmp_path, safe_serialization=True)
+    again = timm.create_model(f'local-dir:{tmp_path}', pretrained=True, **changed)
+    for stream in ('backbone', 'backbone_emo'):  # each from its own tensors, as timm fits the plain model
+        part = getattr(model, stream)
+        save_for_hf(part, tmp_path / stream, safe_serialization=True, model_args={'num_classes': 0})
+        plain = timm.create_model(f'local-dir:{tmp_path / stream}', pretrained=True, num_classes=0, **changed)
+        fitted = getattr(again, stream).state_dict()
+        assert all(torch.equal(fitted[k], v) for k, v in plain.state_dict().items())
 
 
 def test_an_export_does_not_fetch_what_it_once_started_from(tmp_path):
@@ -554,10 +629,17 @@ def test_experience_of_another_architecture_is_refused():
     ({'balance': 1.5}, ValueError, 'outside'),
     ({'balance': 'always'}, ValueError, 'unknown'),
     ({'no_such_argument': 1}, TypeError, 'no_such_argument'),
+    ({'pretrained_cfg': 'a1_in1k'}, ValueError, r"emoreg.a1_in1k: 'emoreg' stands for any backbone.* it takes no tag. "
+                                                r"For a weight of the backbone: backbone='test_resnet.a1_in1k'"),
 ])
 def test_errors_of_construction(kwargs, error, message):
     with pytest.raises(error, match=message):
         create(device='meta', **kwargs)
+
+
+def test_a_registered_model_has_its_backbone():
+    with pytest.raises(ValueError, match=r'has the backbone resnet18\. For another one: timm\.create_model'):
+        timm.create_model('emoreg_resnet18', backbone='resnet50')
 
 
 @pytest.mark.parametrize('name', ['emoreg_resnet18', 'emoreg_vit_tiny'])

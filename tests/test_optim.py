@@ -25,6 +25,15 @@ def scales(model, optimizer):
     return dict(found)
 
 
+def test_names_go_with_their_parameters(model):
+    optimizer = torch.optim.AdamW([(name, p) for name, p in model.named_parameters()])
+    scale_affect_lr(optimizer, model, 0.5)
+    own = dict(model.named_parameters())
+    assert len(optimizer.param_groups) == 2
+    for group in optimizer.param_groups:
+        assert [id(own[name]) for name in group['param_names']] == [id(p) for p in group['params']]
+
+
 @pytest.mark.parametrize('layer_decay', [None, 0.5])
 @pytest.mark.parametrize('opt', ['sgd', 'adamw', 'muon'])
 def test_only_the_affect_parameters_get_another_rate(model, opt, layer_decay):

@@ -171,6 +171,8 @@ def test_train_gives_parts_and_eval_gives_one_tensor(batch):
     task.eval()
     y = task.get_eval_model()(x)
     assert y.shape == (B, C)
+    with torch.no_grad():
+        assert torch.equal(task(x, target)['output'], y)  # a task judges a batch in this mode, too
     evaluator = task.create_evaluator()
     evaluator.update(y, target)
     assert evaluator.compute()['top1'] == pytest.approx(100 * (y.argmax(1) == target).double().mean().item())

@@ -13,9 +13,10 @@ from timm.models import get_model_args, get_model_traits, resolve_model_input_ar
 from torch import Tensor, nn
 
 from .small_image import DEFAULT_SIZE, small_image_args, small_image_stem
+from .zoo import whole_image_cfg
 
 __all__ = ['Classifier', 'backbone_cfg', 'check_backbone', 'check_backbone_name', 'checkpoint_filter_fn',
-           'create_backbone', 'pooling', 'prefixed', 'put_classifier', 'remove_classifier']
+           'create_backbone', 'pooling', 'prefixed', 'put_classifier', 'remove_classifier', 'small_image_cfg']
 
 # Families that apply their dropout after pre_logits, by a function call or a module beside the classifier. Where it is
 # part of the classifier (LeViT ...) it is found there, and everywhere else it is applied within pre_logits.
@@ -75,11 +76,14 @@ def pooling(model: nn.Module) -> str | None:
     return get_model_args(model).get('global_pool')
 
 
-def prefixed(names: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
-    """Module names of the backbone, such as its ``first_conv``, as they are within EmoReg."""
+def prefixed(names: str | tuple[str, ...] | None,
+             streams: tuple[str, ...] = ('backbone',)) -> str | tuple[str, ...] | None:
+    """Module names of the backbone, such as its ``first_conv``, as they are within EmoReg, in each of its streams."""
     if not names:
         return None
-    return f'backbone.{names}' if isinstance(names, str) else tuple(f'backbone.{name}' for name in names)
+    if isinstance(names, str) and len(streams) == 1:
+        return f'{streams[0]}.{names}'
+    return tuple(f'{stream}.{name}' for stream in streams for name in ((names,) if isinstance(names, str) else names))
 
 
 def create_backbone(
@@ -203,6 +207,18 @@ def backbone_cfg(backbone: str | nn.Module, **overrides: Any) -> dict[str, Any]:
     return {**cfg, 'first_conv': prefixed(cfg.get('first_conv')), 'classifier': ('head', 'head_emo'), **overrides}
 
 
+def small_image_cfg(small_image: bool | None = False, img_size: int | tuple[int, int] | None = None,
+                    **_: Any) -> dict[str, Any]:
+    """What the small-image form changes in the pretrained cfg of its backbone, from the arguments of `EmoReg`.
+
+    The three channels are those of weights that may be loaded; how many the model takes, timm asks the model.
+    """
+    if not small_image:
+        return {}
+    size = img_size or DEFAULT_SIZE
+    return whole_image_cfg((3, *((size, size) if isinstance(size, int) else size)))
+
+
 # -- checkpoints -----------------------------------------------------------------------------------------------------
 
 
@@ -249,30 +265,36 @@ def _check_keys(state_dict: dict[str, Tensor], model: nn.Module) -> None:
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Fit a checkpoint to an EmoReg `model`: one of our own, or a bare timm checkpoint of its backbone.
 
-    The family's own filter runs on the backbone's part (it resizes position embeddings, for instance). The classifier
-    of a bare checkpoint becomes both heads, so that with G = S = 0 the regulated model answers like the plain one;
-    what a bare checkpoint cannot know stays as initialised.
+    The family's own filter runs on the part of each backbone (it resizes position embeddings, for instance). A bare
+    checkpoint goes to both streams of a separate experience, and its classifier becomes both heads, so that with
+    G = S = 0 the regulated model answers like the plain one; what a bare checkpoint cannot know stays as initialised.
 
     Raises:
         ValueError: If the checkpoint is of another architecture, naming the first key that shows it.
     """
     state_dict = state_dict.get('state_dict', state_dict)
     bare = not any(key.startswith('backbone.') for key in state_dict)
-    if bare:
-        inner, outer = dict(state_dict), {k: v for k, v in model.state_dict().items() if not k.startswith('backbone.')}
-    else:
-        inner = {k.removeprefix('backbone.'): v for k, v in state_dict.items() if k.startswith('backbone.')}
-        outer = {k: v for k, v in state_dict.items() if not k.startswith('backbone.')}
+    streams = ('backbone',) if model.backbone_emo is None else ('backbone', 'backbone_emo')
+    prefixes = tuple(f'{stream}.' for stream in streams)
     family_filter = getattr(sys.modules[type(model.backbone).__module__], 'checkpoint_filter_fn', None)
-    if family_filter is not None:
+
+    def fitted_by_family(inner: dict[str, Tensor]) -> dict[str, Tensor]:
+        if family_filter is None or not inner:
+            return inner
         takes_model = len(inspect.signature(family_filter).parameters) > 1
-        inner = family_filter(inner, model.backbone) if takes_model else family_filter(inner)
+        return family_filter(inner, model.backbone) if takes_model else family_filter(inner)
+
+    fitted = {k: v for k, v in (model.state_dict() if bare else state_dict).items() if not k.startswith(prefixes)}
     if bare:
-        classifier, inner = _classifier_of_bare(inner, model.backbone)
+        classifier, inner = _classifier_of_bare(fitted_by_family(dict(state_dict)), model.backbone)
+        fitted |= {prefix + k: v for prefix in prefixes for k, v in inner.items()}
         if classifier.weight is not None and model.num_classes:
-            outer['head.weight'] = outer['head_emo.weight'] = classifier.weight
-            outer['head.bias'] = outer['head_emo.bias'] = classifier.bias
-    fitted = {**{f'backbone.{k}': v for k, v in inner.items()}, **outer}
+            fitted['head.weight'] = fitted['head_emo.weight'] = classifier.weight
+            fitted['head.bias'] = fitted['head_emo.bias'] = classifier.bias
+    else:
+        for prefix in prefixes:
+            inner = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
+            fitted |= {prefix + k: v for k, v in fitted_by_family(inner).items()}
     _check_keys(fitted, model)
     return fitted
 

@@ -7,7 +7,13 @@ from typing import Any
 import timm
 import torch
 from timm.layers import get_device_dtype
-from timm.models import build_model_with_cfg, generate_default_cfgs, get_model_traits, register_model
+from timm.models import (
+    build_model_with_cfg,
+    generate_default_cfgs,
+    get_model_args,
+    get_model_traits,
+    register_model,
+)
 from timm.optim import auto_group_layers
 from torch import Tensor, nn
 
@@ -21,11 +27,18 @@ from .backbone import (
     pooling,
     prefixed,
     remove_classifier,
+    small_image_cfg,
 )
 from .regulation import AffectiveState, Balance, Modulation, Responses, check_regulation, regulate
 from .small_image import DEFAULT_SIZE
 
 __all__ = ['EmoReg', 'backbone_cfg', 'create_backbone', 'create_emoreg']
+
+
+def _need_pooling(pooled: bool) -> None:
+    if not pooled:
+        raise RuntimeError("global_pool='' or pruning leaves no pooled vector for the heads to read. reset_classifier "
+                           'with a pooling gives it and new heads.')
 
 
 class EmoReg(nn.Module):
@@ -96,12 +109,12 @@ class EmoReg(nn.Module):
                 raise ValueError("experience='separate' builds the backbone twice and needs its name, "
                                  'not a built model. Give the timm name.')
             self.backbone = backbone
-            self.pretrained_cfg = self.default_cfg = backbone_cfg(backbone)
         else:
             if num_classes is not None:
                 building['num_classes'] = num_classes
             self.backbone = create_backbone(backbone, **building)
         check_backbone(self.backbone, type(backbone).__name__ if built else backbone)
+        self._describe(backbone, building)
         own_classes = self.backbone.num_classes
         self.num_classes = own_classes if num_classes is None else num_classes
         self.in_chans = getattr(self.backbone, 'in_chans', 3)
@@ -113,7 +126,8 @@ class EmoReg(nn.Module):
         self.training_output = 'regulated'
         # timm keeps the traits that a model declares before the builder adds those of the cfg
         traits = get_model_traits(self.backbone)
-        self._traits = {'img_size': traits.get('img_size'), 'first_conv': prefixed(traits.get('first_conv')),
+        streams = ('backbone',) if experience == 'shared' else ('backbone', 'backbone_emo')
+        self._traits = {'img_size': traits.get('img_size'), 'first_conv': prefixed(traits.get('first_conv'), streams),
                         'fixed_input_size': traits.get('fixed_input_size', False)}
         if small_image:
             size = img_size or DEFAULT_SIZE
@@ -126,15 +140,29 @@ class EmoReg(nn.Module):
         self._set_feature_size()
         self.head_drop = nn.Dropout(classifier.drop_rate) if classifier.drop_rate else nn.Identity()
         self.state = AffectiveState(affect_kind)
-        self._build_affect(balance)
+        self.regulation = Balance(balance, num_affect, **get_device_dtype(self.backbone))
+        self._build_affect()
         self.head = self._new_head(self.num_classes)
         self.head_emo = self._new_head(self.num_classes)
         if classifier.weight is not None and self.num_classes == own_classes:
             trained_for = getattr(self.backbone, 'pretrained_cfg', {}).get('num_classes')
             self._start_heads(classifier.weight, classifier.bias,
                               trained=built or (pretrained_backbone and trained_for == own_classes))
+        self._record(num_affect=num_affect, affect_kind=affect_kind, balance=balance, modulation=modulation,
+                     experience=experience, small_image=small_image)
+        if built:
+            self.train(backbone.training)
 
     # -- construction ------------------------------------------------------------------------------------------
+
+    def _describe(self, backbone: str | nn.Module, building: dict[str, Any]) -> None:
+        """Give a model that is built without timm's factory what timm's transforms and exports ask of it."""
+        name = backbone if isinstance(backbone, str) else getattr(backbone, 'pretrained_cfg', {}).get('architecture')
+        self.pretrained_cfg = self.default_cfg = backbone_cfg(self.backbone, **small_image_cfg(**building))
+        if name is not None:  # a module that is none of timm's cannot be built again by its name
+            self.pretrained_cfg['architecture'] = 'emoreg'
+            args = building if isinstance(backbone, str) else get_model_args(backbone)
+            self._record(**{k: v for k, v in args.items() if k not in ('device', 'dtype', 'pretrained')}, backbone=name)
 
     def _set_feature_size(self) -> None:
         self.num_features = self.backbone.num_features
@@ -166,16 +194,14 @@ class EmoReg(nn.Module):
             self.head_emo.weight.normal_().mul_(weight.std(correction=0))
             self.head_emo.bias.zero_()
 
-    def _build_affect(self, balance: float | str) -> None:
+    def _build_affect(self) -> None:
         dd = get_device_dtype(self.backbone)
-        self.regulation = Balance(balance, self.num_affect, **dd)
         self.head_affect = nn.Linear(self.head_hidden_size, self.num_affect, **dd)
         self.modulation = Modulation(self.num_affect, self.head_hidden_size, **dd) if self.modulated else None
         # Nothing of the default forward may be left without a gradient (DistributedDataParallel waits for each), so
         # the affect response is frozen where it is taken from a frozen stream or where nothing follows from it.
         self.head_affect.requires_grad_(self._affect_is_used())
         self.head_affect.train(self.training)
-        self.regulation.train(self.training)
 
     def _affect_is_used(self) -> bool:
         return self.experience == 'shared' and (self.modulated or self.regulation.kind == 'gate')
@@ -239,7 +265,7 @@ class EmoReg(nn.Module):
         h = self.backbone.forward_head(x, pre_logits=True)
         if pre_logits or not self.pooled:
             if not pre_logits and self.num_classes > 0:
-                raise RuntimeError("global_pool='' leaves no pooled vector for the heads to read.")
+                _need_pooling(self.pooled)
             return h
         if self.backbone_emo is not None:
             raise RuntimeError("With experience='separate' the regulated response needs the image: call forward(x).")
@@ -248,12 +274,23 @@ class EmoReg(nn.Module):
         return regulate(out.non_emotional, out.emotional, out.balance)
 
     def forward_responses(self, x: Tensor) -> Responses:
-        """Both responses (B, C), the affect response (B, K) and the balance (B, 1) of a batch of images."""
+        """Both responses (B, C), the affect response (B, K) and the balance (B, 1) of a batch of images.
+
+        Raises:
+            RuntimeError: Without pooling, or after `prune_intermediate_layers`.
+        """
+        _need_pooling(self.pooled)
         h = self.head_drop(self.backbone.forward_head(self.backbone.forward_features(x), pre_logits=True))
         return self._respond(h, self._affect_features(x, h))
 
     def forward_affect(self, x: Tensor) -> Tensor:
-        """The affect response a, shape (B, K): emotion logits, or ratings on the scale [-1, 1]."""
+        """The affect response a, shape (B, K): emotion logits, or ratings, which stage 1 draws towards their scale of
+        [-1, 1] without a bound.
+
+        Raises:
+            RuntimeError: Without pooling, or after `prune_intermediate_layers`.
+        """
+        _need_pooling(self.pooled)
         if self.backbone_emo is not None:
             return self.head_affect(self._affect_features(x, x))
         return self.head_affect(self.head_drop(
@@ -320,7 +357,7 @@ class EmoReg(nn.Module):
                                **({} if global_pool is None else {'global_pool': global_pool}))
         self._set_feature_size()
         if self.head_hidden_size != width or isinstance(self.head_affect, nn.Identity):
-            self._build_affect(self.regulation.number if self.regulation.kind == 'fixed' else self.regulation.kind)
+            self._build_affect()
         self.num_classes = num_classes
         self.head = self._new_head(num_classes)
         self.head_emo = self._new_head(num_classes)
@@ -478,13 +515,15 @@ def create_emoreg(variant: str, backbone: str, pretrained: bool = False, **kwarg
         with torch.device('meta'):
             plain = timm.create_model(backbone, features_only=True)
         feature_cfg['out_indices'] = tuple(plain.feature_info.out_indices)
-    return build_model_with_cfg(
+    model = build_model_with_cfg(
         EmoReg, variant, pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
         feature_cfg=feature_cfg,
         backbone=backbone,
         **kwargs,
     )
+    model._model_args = {}  # timm's factory records the arguments of its call, and a registered name has its backbone
+    return model
 
 
 default_cfgs = generate_default_cfgs({'emoreg': backbone_cfg('resnet18')})
@@ -501,10 +540,14 @@ def emoreg(pretrained: bool = False, backbone: str = 'resnet18', **kwargs: Any) 
                         'Wrap a built model with timm_emoreg.EmoReg(backbone=model).')
     check_backbone_name(backbone)
     given = kwargs.get('pretrained_cfg') or {}
-    given = given if isinstance(given, dict) else {}
+    if isinstance(given, str):
+        raise ValueError(f"emoreg.{given}: 'emoreg' stands for any backbone and has no weights of its own, so it takes "
+                         f"no tag. For a weight of the backbone: backbone='{backbone}.{given}', "
+                         'pretrained_backbone=True.')
+    given = given if isinstance(given, dict) else given.to_dict()
     if not any(given.get(k) for k in ('file', 'hf_hub_id', 'url', 'state_dict')):
         # What timm's scripts resolve by the name 'emoreg' alone is the registry's cfg: another backbone than ours.
         registered = default_cfgs['emoreg'].default.to_dict()
         given = {k: v for k, v in given.items() if registered.get(k) != v}
-        kwargs['pretrained_cfg'] = {**backbone_cfg(backbone), **given}
+        kwargs['pretrained_cfg'] = {**backbone_cfg(backbone, **small_image_cfg(**kwargs)), **given}
     return create_emoreg('emoreg', backbone, pretrained, **kwargs)

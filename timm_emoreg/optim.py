@@ -32,10 +32,16 @@ def scale_affect_lr(optimizer: Optimizer, model: EmoReg, scale: float) -> None:
     parts = (model.head_affect, model.modulation, model.regulation)
     own = {id(p) for part in parts if part is not None for p in part.parameters()}
     groups = []
+
+    def part(group: dict, of_affect: bool) -> dict:
+        chosen = [i for i, p in enumerate(group['params']) if (id(p) in own) == of_affect]
+        lists = [k for k in ('params', 'param_names') if k in group]  # names, where the optimizer was given some
+        return {**group, **{k: [group[k][i] for i in chosen] for k in lists}}
+
     for group in optimizer.param_groups:
-        affect = [p for p in group['params'] if id(p) in own]
-        if rest := [p for p in group['params'] if id(p) not in own]:
-            groups.append({**group, 'params': rest})
-        if affect:
-            groups.append({**group, 'params': affect, 'lr_scale': scale * group.get('lr_scale', 1.0)})
+        rest, affect = part(group, False), part(group, True)
+        if rest['params']:
+            groups.append(rest)
+        if affect['params']:
+            groups.append({**affect, 'lr_scale': scale * group.get('lr_scale', 1.0)})
     optimizer.param_groups[:] = groups

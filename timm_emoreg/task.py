@@ -207,7 +207,10 @@ class EmoRegTask(ClassificationTask):
             ``loss_emotional``, ``balance`` (means over the batch) and, where they are in use, ``loss_affect`` (kept)
             and ``loss_rehearsal``.
         """
-        z, z_emo, affect, r = self.trainable_module(input)
+        if self.training:
+            z, z_emo, affect, r = self.trainable_module(input)
+        else:  # where the model gives one tensor
+            z, z_emo, affect, r = unwrap_model(self.trainable_module).forward_responses(input)
         output = regulate(z, z_emo, r)
         with torch.set_grad_enabled(self.balanced_in == 'loss' and torch.is_grad_enabled()):
             loss_z, loss_emo = self.criterion(z, target), self.criterion(z_emo, target)

@@ -162,7 +162,6 @@ def trained_model(where: str | Path, experience: str | None = None, data_dir: st
             labels = load_target(args['dataset'], data_dir or args['data_dir']).target.names
     labels = labels if len(labels) == num_classes else ()
     # what timm's transforms and an export of the model go by
-    model.pretrained_cfg |= {'num_classes': num_classes, 'input_size': (3, args['img_size'], args['img_size']),
-                             'test_input_size': None, 'pool_size': None, 'crop_pct': 1.0, 'test_crop_pct': None,
-                             'label_names': labels or None}
+    model.pretrained_cfg |= {**zoo.whole_image_cfg((3, args['img_size'], args['img_size'])),
+                             'num_classes': num_classes, 'label_names': labels or None}
     return Trained(str(where), model.eval(), (args['img_size'],) * 2, names, labels)

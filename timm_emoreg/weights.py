@@ -30,6 +30,7 @@ from timm.models._input import update_model_args
 from torch import nn
 
 from . import zoo
+from .backbone import small_image_cfg
 from .emoreg import EmoReg, backbone_cfg, create_emoreg
 from .zoo import HUB_FILE, Weight
 
@@ -390,7 +391,7 @@ def _name_of_cfg(variant: str, cfg: Any) -> Any:
     return (own.tag or None) if own == registered else cfg
 
 
-def create(variant: str, backbone: str, pretrained: bool, **kwargs: Any) -> nn.Module:
+def create(variant: str, backbone: str, pretrained: bool, /, **kwargs: Any) -> nn.Module:
     """What the entrypoints of the registry return: a model, with its released weight if one is asked for.
 
     The arguments of a weight's record are defaults where ``pretrained=True`` or a tag names that weight. Without
@@ -405,7 +406,11 @@ def create(variant: str, backbone: str, pretrained: bool, **kwargs: Any) -> nn.M
 
     Raises:
         WeightError: If the weight cannot be had, or does not fit the arguments.
+        ValueError: If another backbone is asked for.
     """
+    if 'backbone' in kwargs:
+        raise ValueError(f'{variant} has the backbone {backbone}. For another one: '
+                         f"timm.create_model('emoreg', backbone={kwargs['backbone']!r}).")
     cfg = _name_of_cfg(variant, kwargs.pop('pretrained_cfg', None))
     if cfg and not isinstance(cfg, str):  # hf-hub:, local-dir:, or the caller's own
         own = cfg if isinstance(cfg, dict) else cfg.to_dict()
@@ -421,7 +426,8 @@ def create(variant: str, backbone: str, pretrained: bool, **kwargs: Any) -> nn.M
             raise WeightNotFound(f'{variant}{f".{cfg}" if cfg else ""}: there is no such weight; of this architecture '
                                  f'there are: {known}. timm.list_pretrained("emoreg*") shows all that can be had; '
                                  'pretrained_backbone=True takes the weights of the plain backbone.')
-        kwargs['pretrained_cfg'] = backbone_cfg(backbone)  # not that of a default weight, whose size may be another
+        # not the cfg of a default weight, whose size may be another
+        kwargs['pretrained_cfg'] = backbone_cfg(backbone, **small_image_cfg(**kwargs))
         return create_emoreg(variant, backbone, pretrained, **kwargs)
 
     arguments = {name: value for name, value in kwargs.items()

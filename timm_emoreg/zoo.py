@@ -13,10 +13,16 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-__all__ = ['HUB_FILE', 'WEIGHTS', 'Weight', 'find', 'read_records', 'registry_cfgs', 'write_records']
+__all__ = ['HUB_FILE', 'WEIGHTS', 'Weight', 'find', 'read_records', 'registry_cfgs', 'whole_image_cfg', 'write_records']
 
 HUB_FILE = 'model.safetensors'  # name of the weight file in its Hub repository
 ASSETS = files('timm_emoreg') / 'assets'
+
+
+def whole_image_cfg(input_size: tuple[int, int, int]) -> dict[str, Any]:
+    """What a pretrained cfg says of a model that is made for whole images of one size: (channels, height, width)."""
+    return {'input_size': tuple(input_size), 'pool_size': None, 'crop_pct': 1.0, 'test_input_size': None,
+            'test_crop_pct': None}
 
 
 @dataclass(frozen=True)
@@ -136,8 +142,8 @@ class Weight:
 
     def cfg(self) -> dict[str, Any]:
         """What a pretrained cfg of timm says about this weight, beside the preprocessing of its backbone."""
-        cfg = {'num_classes': self.num_classes, 'input_size': self.input_size, 'pool_size': None, 'crop_pct': 1.0,
-               'test_input_size': None, 'test_crop_pct': None, 'license': self.licence, 'paper_ids': 'arXiv:2606.13081'}
+        cfg = {**whole_image_cfg(self.input_size), 'num_classes': self.num_classes, 'license': self.licence,
+               'paper_ids': 'arXiv:2606.13081'}
         if self.label_names:
             cfg['label_names'] = self.label_names
         if self.embedded:
