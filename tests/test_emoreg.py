@@ -15,8 +15,8 @@ from timm.utils import ModelEmaV3, freeze
 from torch.testing import assert_close
 
 from timm_emoreg import BACKBONES as BACKBONE_OF
-from timm_emoreg import EmoReg
-from timm_emoreg.backbone import checkpoint_filter_fn
+from timm_emoreg import EmoReg, emoreg
+from timm_emoreg.backbone import checkpoint_filter_fn, create_backbone
 
 BACKBONES = {'test_resnet': {}, 'test_vit': {'img_size': 32}}
 both = pytest.mark.parametrize('backbone', BACKBONES)
@@ -214,6 +214,16 @@ def test_pretrained_backbone_gives_both_heads(tmp_path):
     other = timm.create_model('emoreg', backbone=name, pretrained_backbone=True, num_classes=3)
     assert torch.equal(other.backbone.bn1.weight, plain.bn1.weight)
     assert not torch.equal(other.head.weight, other.head_emo.weight)
+
+
+@pytest.mark.parametrize('name', ['emoreg', 'emoreg_resnet18'])
+def test_pretrained_backbone_comes_from_the_cache_that_is_named(name, tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr(emoreg, 'create_backbone', lambda *args, pretrained=False, cache_dir=None, **kwargs: (
+        given.append((pretrained, cache_dir)), create_backbone(*args, **kwargs))[1])
+    model = timm.create_model(name, pretrained_backbone=True, cache_dir=tmp_path)
+    assert given == [(True, tmp_path)]
+    assert 'cache_dir' not in get_model_args(model)
 
 
 def test_what_cannot_be_given_to_a_built_model():

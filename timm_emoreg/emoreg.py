@@ -2,6 +2,8 @@
 # No postponed annotations here: torch.fx copies them into its code, where TorchScript could not resolve a string.
 import re
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -68,6 +70,7 @@ class EmoReg(nn.Module):
         img_size: Input size; for backbones of a fixed size, or with `small_image` (default there: 32).
         global_pool: Global pooling of the backbone, its own default if None.
         pretrained_backbone: Load the backbone's own pretrained timm weights.
+        cache_dir: Where these are cached, the Hub's usual place if None.
         backbone_args: Every other argument goes to the backbone; one it does not know raises ``TypeError``.
 
     Raises:
@@ -91,6 +94,7 @@ class EmoReg(nn.Module):
             img_size: int | tuple[int, int] | None = None,
             global_pool: str | None = None,
             pretrained_backbone: bool = False,
+            cache_dir: str | Path | None = None,
             device=None,
             dtype=None,
             **backbone_args: Any,
@@ -98,7 +102,8 @@ class EmoReg(nn.Module):
         super().__init__()
         check_regulation(balance, num_affect, affect_kind, experience)
         building = dict(backbone_args, in_chans=in_chans, img_size=img_size, global_pool=global_pool, device=device,
-                        dtype=dtype, pretrained=pretrained_backbone or None, small_image=small_image or None)
+                        dtype=dtype, pretrained=pretrained_backbone or None, small_image=small_image or None,
+                        cache_dir=cache_dir)
         building = {k: v for k, v in building.items() if v is not None}
         built = isinstance(backbone, nn.Module)
         if built:
@@ -162,7 +167,8 @@ class EmoReg(nn.Module):
         if name is not None:  # a module that is none of timm's cannot be built again by its name
             self.pretrained_cfg['architecture'] = 'emoreg'
             args = building if isinstance(backbone, str) else get_model_args(backbone)
-            self._record(**{k: v for k, v in args.items() if k not in ('device', 'dtype', 'pretrained')}, backbone=name)
+            here = ('device', 'dtype', 'pretrained', 'cache_dir')
+            self._record(**{k: v for k, v in args.items() if k not in here}, backbone=name)
 
     def _set_feature_size(self) -> None:
         self.num_features = self.backbone.num_features
@@ -515,8 +521,10 @@ def create_emoreg(variant: str, backbone: str, pretrained: bool = False, **kwarg
         with torch.device('meta'):
             plain = timm.create_model(backbone, features_only=True)
         feature_cfg['out_indices'] = tuple(plain.feature_info.out_indices)
+    # timm's builder keeps the cache for the weights of the whole model
+    model_cls = partial(EmoReg, cache_dir=kwargs.get('cache_dir')) if kwargs.get('pretrained_backbone') else EmoReg
     model = build_model_with_cfg(
-        EmoReg, variant, pretrained,
+        model_cls, variant, pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
         feature_cfg=feature_cfg,
         backbone=backbone,
