@@ -59,6 +59,7 @@ def test_both_stages_on_the_embedded_emoji(run, tmp_path):
     assert [r['task'] for r in results] == ['affect', 'emoreg']
     affect, emoreg = results
     assert affect['metric'] == 'ccc'
+    assert [(r['recipe']['opt'], r['recipe']['lr']) for r in results] == [('adamw', 0.0005), ('muon', 0.02)]
     assert set(affect['test']) >= {'ccc', 'pcc', 'rmse', 'ccc_valence'}
     assert emoreg['experience'] == str(tmp_path / 'run/affect/model_best.pth.tar')
     assert emoreg['test']['top1'] > 25  # the largest of the nine groups is a fifth of the test images
@@ -108,6 +109,7 @@ def test_choices_of_method_and_recipe_train(run, folder, flags):
 def test_vit_gets_the_patches_that_fit(run, folder):
     _, results, _ = run('--dataset', folder, '--task', 'plain', '--epochs', 1, model='test_vit')
     assert results[0]['form'] == 'patches of 4x4'
+    assert (results[0]['recipe']['opt'], results[0]['recipe']['lr']) == ('muon', 0.005)  # a net without batch norm
 
 
 def test_ratings_of_a_csv(run, tmp_path, folder):
