@@ -7,13 +7,14 @@
 
 The arms; S stands for stage 1 on the stimuli, whose result is shared by the arms that need the same one:
     plain        the bare backbone
-    plain+       the same, longer by as many images as S sees
+    plain+       the same, longer by about as many images as S sees
     init         S, then an ordinary head
     regulated    S, then the dual head: the method
     random       the dual head without S
     shuffled     S with shuffled labels, then the dual head
     content      S with labels that are no emotions, then the dual head: OASIS category, emoji group, nEMO speaker
     unlabelled   S predicts rotations, then the dual head
+S is taken as it is at its last epoch, and stage 2 at the epoch that validation chooses (--val-interval).
 Each takes options after a colon, with commas between: learned, gate, loss, separate, no-modulation for the arms with
 the dual head; shuffled, content, unlabelled for init; and name=value, a flag of train.py, for all. For example
 regulated:learned, regulated:keep-affect=1, init:shuffled, plain:lr=0.05.
