@@ -62,7 +62,7 @@ from timm_emoreg.experience import (
     released_experience,
     untrained_experience,
 )
-from timm_emoreg.optim import scale_affect_lr
+from timm_emoreg.optim import orthogonalize_in_float32, scale_affect_lr
 from timm_emoreg.peak_memory import peak_memory_gb
 from timm_emoreg.precision import autocast_in, choose_precision
 from timm_emoreg.processes import (
@@ -508,6 +508,8 @@ def run_stage(args, task_name: str, splits, device, experience: Experience | Non
         optimizer, args.sched, num_epochs=epochs, warmup_epochs=min(args.warmup_epochs, epochs / 4),
         warmup_lr=args.warmup_lr * lr, min_lr=args.min_lr * lr, step_on_epochs=False, updates_per_epoch=updates)
     precision = chosen['precision']
+    if device.type == 'cpu' and precision == 'float32':
+        orthogonalize_in_float32(optimizer)
     autocast = autocast_in(device, precision)
     scaler = NativeScaler(device.type) if precision == 'float16' else None
     metric = task.create_evaluator().default_metric

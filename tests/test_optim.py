@@ -3,11 +3,11 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, muon
 from timm.scheduler import create_scheduler_v2
 
 import timm_emoreg  # noqa: F401  registers the models
-from timm_emoreg.optim import scale_affect_lr
+from timm_emoreg.optim import orthogonalize_in_float32, scale_affect_lr
 
 AFFECT = ('head_affect.', 'modulation.', 'regulation.')
 
@@ -85,3 +85,24 @@ def test_a_negative_scale_is_refused(model, scale):
     optimizer = create_optimizer_v2(model, opt='sgd', lr=0.1)
     with pytest.raises(ValueError, match=f'scale={scale!r} is no factor of a learning rate: give 0 to leave'):
         scale_affect_lr(optimizer, model, scale)
+
+
+@pytest.mark.parametrize('opt', ['muon', 'adamuon', 'sgd'])
+def test_muon_orthogonalizes_in_float32_only_while_that_optimizer_steps(opt, monkeypatch):
+    usual, types = muon.zeropower_via_newtonschulz, []
+
+    def watched(update, *args, **kwargs):
+        result = usual(update, *args, **kwargs)
+        types.append(result.dtype)
+        return result
+
+    monkeypatch.setattr(muon, 'zeropower_via_newtonschulz', watched)
+    weight = torch.nn.Parameter(torch.randn(8, 8))
+    weight.grad = torch.randn(8, 8)
+    own, other = (create_optimizer_v2([weight], opt=opt, lr=0.1) for _ in range(2))
+    orthogonalize_in_float32(own)
+    for optimizer in (own, other, own):
+        optimizer.step()
+    wide, narrow = torch.float32, torch.bfloat16
+    assert types == ([] if opt == 'sgd' else [wide, narrow, wide])
+    assert muon.zeropower_via_newtonschulz is watched
