@@ -151,3 +151,22 @@ def test_accuracy_without_copies(tmp_path, monkeypatch):
     assert '| resnet10t: cifar10, all training images | plain | 1.0 | 1.0 | 93.33 | 100.00 |' in text
     write_run(tmp_path, 'plain', 0, 60.0, images='4', predictions=wrong[1:])  # of another test set
     assert 'training images | plain | 0.0 | 0.0 | 60.00 | n/a |' in tables(tmp_path, duplicates=True)
+
+
+def test_stage_1_stands_below_with_the_epoch_it_was_taken_at(folder):
+    assert '## Stage 1' not in tables(folder)
+
+    def first(arm, seed, test, taken, metric='ccc', stimuli='emoji'):
+        return dict.fromkeys(COLUMNS, '') | {
+            'key': f'{stimuli}_{arm}_s{seed}', 'arm': arm, 'model': 'resnet10t', 'stimuli': stimuli, 'seed': seed,
+            'epochs': 15, 'best_epoch': taken, 'metric': metric, 'test': test}
+
+    rows = [first('affect', 0, 0.25, 15), first('affect:shuffled', 0, -0.02, 3), first('affect', 1, 0.35, 12),
+            first('affect', 0, 60.0, 15, 'top1', 'faces/ferplus'), first('affect', 9, 0.9, 1)]  # 9: of no run above
+    write_rows(folder / 'stage1.csv', rows, COLUMNS)
+    text = tables(folder)
+    assert '| resnet10t: emoji | affect | 2 | ccc | 0.30 ± 0.07 | 13.5 of 15 |' in text
+    assert '| resnet10t: emoji | affect:shuffled | 1 | ccc | -0.02 | 3.0 of 15 |' in text
+    assert '| resnet10t: ferplus | affect | 1 | top1 | 60.00 | 15.0 of 15 |' in text
+    one, _ = make_table(folder, read_settings(folder, [0]))
+    assert '| resnet10t: emoji | affect | 1 | ccc | 0.25 | 15.0 of 15 |' in one

@@ -181,6 +181,27 @@ images are the same ones for each seed, so their number is overstated and that p
 '''
 
 
+# -- stage 1 -----------------------------------------------------------------------------------------------------------
+
+
+def _stage_1(folder: Path, settings: Sequence[Setting]) -> str:
+    """How well each stage 1 answers test stimuli, and the epoch at which it was taken; empty if there was none."""
+    seeds = {seed for setting in settings for runs in setting.arms.values() for seed in runs}
+    kinds: dict[tuple[str, ...], dict[int, dict[str, str]]] = {}
+    for row in read_rows(folder / 'stage1.csv'):
+        if int(row['seed']) in seeds:
+            kind = tuple(row[k] for k in ('model', 'stimuli', 'arm', 'epochs', 'metric'))
+            kinds.setdefault(kind, {})[int(row['seed'])] = row
+    lines = []
+    sets = [kind[:2] for kind in kinds]  # of one set side by side, whenever they were run
+    for (model, stimuli, arm, epochs, metric), runs in sorted(kinds.items(), key=lambda item: sets.index(item[0][:2])):
+        test, taken = _column(runs, 'test'), _column(runs, 'best_epoch')
+        lines.append((f'{model}: {short_name(stimuli)}', arm, str(len(runs)), metric, _spread(test),
+                      f'{_number(statistics.mean(taken), 1)} of {epochs}'))
+    header = ('stage 1', 'arm', 'n', 'metric', 'test stimuli', 'taken at epoch')
+    return f'\n## Stage 1\n\n{_markdown(header, lines)}' if lines else ''
+
+
 # -- duplicates --------------------------------------------------------------------------------------------------------
 
 
@@ -280,6 +301,7 @@ def make_table(folder: Path, settings: Sequence[Setting], data_dir: str | None =
     """
     tables = [_setting_table(folder, setting) for setting in settings]
     text = '\n'.join(['# Study\n', NOTES, *(table for table, _ in tables)])
+    text += _stage_1(folder, settings)
     if duplicates:
         text += '\n' + _duplicates(folder, settings, data_dir)
     return text, [row for _, rows in tables for row in rows]
