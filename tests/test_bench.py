@@ -5,8 +5,10 @@ import argparse
 import json
 from contextlib import nullcontext
 from inspect import getclosurevars
+from itertools import groupby
 
 import pytest
+import timm.optim.muon
 import torch
 
 from timm_emoreg import bench
@@ -95,6 +97,19 @@ def test_both_loaders_give_all_images(args, monkeypatch):
     assert many.name.endswith('threads, timm with 1 workers')
 
 
+def test_muon_is_compared_only_where_train_sets_it_up_in_another_way(args, monkeypatch):
+    types = []
+    usual = timm.optim.muon.zeropower_via_newtonschulz
+    monkeypatch.setattr(timm.optim.muon, 'zeropower_via_newtonschulz',
+                        lambda *a, **k: types.append(k.get('dtype', torch.bfloat16)) or usual(*a, **k))
+    figure, = bench.muon(args)
+    assert len(figure.pairs) == 1
+    assert [kind for kind, _ in groupby(types)] == [torch.float32, torch.bfloat16] * 2  # once before, and the round
+    args.precision = 'bfloat16'
+    with pytest.raises(bench.Skipped, match=r'on cpu in bfloat16 train\.py uses it as it is'):
+        list(bench.muon(args))
+
+
 SCRIPT = """
 import sys
 assert sys.argv[sys.argv.index('--model') + 1] == 'resnet18', sys.argv
@@ -168,7 +183,7 @@ def test_the_command_prints_and_writes_what_was_measured_and_what_was_not(monkey
 
 
 @pytest.mark.parametrize(('argv', 'message'), [
-    (['steps'], 'steps: unknown, expected one of step, loader, train, startup, import, compile.'),
+    (['steps'], 'steps: unknown, expected one of step, loader, muon, train, startup, import, compile.'),
     (['--rounds', '0'], '--rounds 0: at least 1 is needed.'),
     (['--timm-train', '/nowhere/train.py'], '/nowhere/train.py: there is no such file or folder.'),
     (['--json', '/nowhere/out.json'], '/nowhere: there is no such file or folder.'),

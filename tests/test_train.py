@@ -54,7 +54,7 @@ def rows(path: Path) -> list[dict]:
 
 
 def test_both_stages_on_the_embedded_emoji(run, tmp_path):
-    status, results, _ = run('--dataset', 'emoji', '--epochs', 2, '-b', 64)
+    status, results, _ = run('--dataset', 'emoji', '--epochs', 2, '-b', 64, '--img-size', 16)
     assert status == 0
     assert [r['task'] for r in results] == ['affect', 'emoreg']
     affect, emoreg = results
@@ -174,7 +174,8 @@ def test_a_resumed_run_ends_with_the_numbers_of_an_unbroken_one(run, train, tmp_
 @pytest.mark.parametrize('precision', ['bfloat16', 'float16'])
 def test_16_bit_training_resumes_in_its_precision(run, train, tmp_path, folder, monkeypatch, precision):
     monkeypatch.setattr('timm_emoreg.precision.faster_in', lambda *_: True)
-    flags = ('--task', 'plain', '--dataset', folder, '--epochs', 2, '--amp', '--amp-dtype', precision)
+    flags = ('--task', 'plain', '--dataset', folder, '--epochs', 2, '--amp', '--amp-dtype', precision,
+             '--opt', 'sgd', '--img-size', 16)  # 16 bits are slow on most processors, in Muon above all
     status, (whole,), _ = run(*flags, name='whole')
     assert (status, whole['precision'], whole['loader']) == (0, precision, 'resident')
 

@@ -1,4 +1,4 @@
-"""Speed beside timm's: ``python -m timm_emoreg.bench [step loader train startup import compile]`` prints ratios."""
+"""Speed beside timm's, as ratios: ``python -m timm_emoreg.bench [step loader muon train startup import compile]``."""
 from __future__ import annotations
 
 import argparse
@@ -31,6 +31,7 @@ from .data.folders import default_data_dir
 from .data.loader import make_loader
 from .data.sets import ImageSet, Target
 from .fold import fold
+from .optim import orthogonalize_in_float32
 from .precision import autocast_in, choose_precision
 from .small_image import LARGEST_SIZE
 from .task import EmoRegTask
@@ -234,6 +235,27 @@ def loader(args: argparse.Namespace) -> Iterator[Figure]:
                      compare(fed, alone, args.rounds), 'at most 1.03')
 
 
+# -- muon --------------------------------------------------------------------------------------------------------------
+
+
+def muon(args: argparse.Namespace) -> Iterator[Figure]:
+    """An update of Muon as train.py sets it up beside timm's, where the two differ."""
+    if args.device.type != 'cpu' or args.precision != 'float32':
+        raise Skipped(f'on {args.device} in {args.precision} train.py uses it as it is')
+    for backbone, size, _, small in NETS['cpu']:
+        updates = []
+        for ours in (True, False):
+            model = build(False, backbone, size, small)
+            optimizer = create_optimizer_v2(model, opt='muon', lr=0.0, weight_decay=0.0)
+            for parameter in model.parameters():
+                parameter.grad = torch.randn_like(parameter)
+            if ours:
+                orthogonalize_in_float32(optimizer)
+            updates.append(optimizer.step)
+        yield Figure(f'update of Muon without 16-bit instructions: {backbone}', 's', compare(*updates, args.runs),
+                     'at most 1')
+
+
 # -- train, startup, import, compile: in processes of their own --------------------------------------------------------
 
 
@@ -358,7 +380,8 @@ def compile_(args: argparse.Namespace) -> Iterator[Figure | str]:
 
 # -- the command -------------------------------------------------------------------------------------------------------
 
-BENCHES = {'step': step, 'loader': loader, 'train': train, 'startup': startup, 'import': import_, 'compile': compile_}
+BENCHES = {'step': step, 'loader': loader, 'muon': muon, 'train': train, 'startup': startup, 'import': import_,
+           'compile': compile_}
 
 
 def machine(device: torch.device) -> str:
