@@ -171,6 +171,15 @@ def test_a_resumed_run_ends_with_the_numbers_of_an_unbroken_one(run, train, tmp_
             assert all(torch.equal(expected[k], found[k]) for k in expected)
 
 
+@pytest.mark.parametrize(('amp', 'optimizers'), [('--no-amp', 1), ('--amp', 0)])
+def test_muon_is_set_to_float32_where_the_run_is(run, train, folder, monkeypatch, amp, optimizers):
+    monkeypatch.setattr('timm_emoreg.precision.faster_in', lambda *_: True)
+    found = []
+    monkeypatch.setattr(train, 'orthogonalize_in_float32', found.append)
+    assert run('--task', 'plain', '--dataset', folder, '--epochs', 1, '--opt', 'sgd', '--img-size', 16, amp)[0] == 0
+    assert len(found) == optimizers
+
+
 @pytest.mark.parametrize('precision', ['bfloat16', 'float16'])
 def test_16_bit_training_resumes_in_its_precision(run, train, tmp_path, folder, monkeypatch, precision):
     monkeypatch.setattr('timm_emoreg.precision.faster_in', lambda *_: True)
