@@ -46,6 +46,7 @@ from tqdm import tqdm
 
 import timm_emoreg
 from timm_emoreg.arguments import above, at_least, within
+from timm_emoreg.attention import choose_attention, fused_attentions, use_plain_attention
 from timm_emoreg.checkpoint import CheckpointError, load_training_checkpoint, newest_checkpoint, restore_best
 from timm_emoreg.commit import project_commit
 from timm_emoreg.curves import draw_curves
@@ -466,11 +467,15 @@ def run_stage(args, task_name: str, splits, device, experience: Experience | Non
 
     def choose() -> dict[str, str]:  # by what is fast and free here now, so it must not be chosen again
         shown = {'loader': splits} | ({'stimuli_loader': stimuli} if stimuli else {})
-        return {'precision': choose_precision(device, args.amp_dtype if args.amp else None)} | {
+        precision = choose_precision(device, args.amp_dtype if args.amp else None)
+        kernel = {'attention': choose_attention(device, precision, args.img_size)} if fused_attentions(model) else {}
+        return {'precision': precision} | kernel | {
             name: choose_kind(len(one.train), size, device, not args.no_aug, args.world_size)
             if args.loader == 'auto' else args.loader for name, one in shown.items()}
 
     chosen = first_decides(lambda: chosen_once(out / 'choices.json', choose), args)
+    if chosen.get('attention') == 'plain':
+        use_plain_attention(model)
 
     def loader_of(splits, part, kind=args.loader):
         return make_loader(

@@ -110,6 +110,20 @@ def test_muon_is_compared_only_where_train_sets_it_up_in_another_way(args, monke
         list(bench.muon(args))
 
 
+def test_attention_is_compared_only_where_train_chooses_the_plain_one(args, monkeypatch):
+    monkeypatch.setattr(bench, 'NETS', {'cpu': [('test_resnet', 32, 4, True), ('test_vit', 32, 4, True)]})
+    asked, sides = [], []
+    monkeypatch.setattr(bench, 'choose_attention', lambda *asked_for: asked.append(asked_for) or 'plain')
+    monkeypatch.setattr(bench, 'training', lambda model, *_: sides.append(len(bench.fused_attentions(model))) or int)
+    figure, = bench.attention(args)
+    assert figure.name == 'training step, plain attention: test_vit, 32 px, batch 4'
+    assert asked == [(args.device, 'float32', 32)]  # the ResNet has no attention
+    assert sides == [0, 6]  # ours, timm's
+    monkeypatch.setattr(bench, 'choose_attention', lambda *_: 'fused')
+    with pytest.raises(bench.Skipped, match=r'on cpu in float32 train\.py uses the fused kernel, too'):
+        list(bench.attention(args))
+
+
 SCRIPT = """
 import sys
 assert sys.argv[sys.argv.index('--model') + 1] == 'resnet18', sys.argv
@@ -183,7 +197,7 @@ def test_the_command_prints_and_writes_what_was_measured_and_what_was_not(monkey
 
 
 @pytest.mark.parametrize(('argv', 'message'), [
-    (['steps'], 'steps: unknown, expected one of step, loader, muon, train, startup, import, compile.'),
+    (['steps'], 'steps: unknown, expected one of step, loader, muon, attention, train, startup, import, compile.'),
     (['--rounds', '0'], '--rounds 0: at least 1 is needed.'),
     (['--timm-train', '/nowhere/train.py'], '/nowhere/train.py: there is no such file or folder.'),
     (['--json', '/nowhere/out.json'], '/nowhere: there is no such file or folder.'),

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from timm_emoreg import precision
+from timm_emoreg import precision, probe
 from timm_emoreg.precision import autocast_in, choose_precision, faster_in
 
 CPU = torch.device('cpu')
@@ -57,7 +57,7 @@ def test_the_probe_compares_the_best_of_each_type(monkeypatch, seconds, faster):
         now += left[images.dtype].pop(0)
 
     monkeypatch.setattr(torch.nn.functional, 'conv2d', conv2d)
-    monkeypatch.setattr(precision, 'time', SimpleNamespace(perf_counter=lambda: now))
+    monkeypatch.setattr(probe, 'time', SimpleNamespace(perf_counter=lambda: now))
     assert faster_in(torch.bfloat16, CPU) is faster
     assert not any(left.values())
 

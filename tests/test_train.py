@@ -214,6 +214,33 @@ def test_16_bit_training_resumes_in_its_precision(run, train, tmp_path, folder, 
     assert broken['seconds'] > 1000  # those of both attempts
 
 
+@pytest.mark.parametrize(('old', 'attentions'), [(False, [0, 0]), (True, [0, 6])])
+def test_attention_is_chosen_once_a_stage(run, train, tmp_path, folder, monkeypatch, old, attentions):
+    fused, epoch = [], train.train_epoch
+
+    def stop_after_the_first(number, first_step, task, *args):
+        fused.append(len(train.fused_attentions(task)))
+        parts = epoch(number, first_step, task, *args)
+        if number == 0:
+            train.received.append(signal.SIGTERM)
+        return parts
+
+    monkeypatch.setattr(train, 'train_epoch', stop_after_the_first)
+    monkeypatch.setattr(train, 'choose_attention', lambda device, precision, img_size: 'plain')
+    assert run('--task', 'plain', '--dataset', folder, '--epochs', 2, model='test_vit')[0] == 128 + signal.SIGTERM
+    if old:  # a run from before attention was chosen, which goes on with the fused kernel
+        (tmp_path / 'run/plain/choices.json').write_text('{"precision": "float32", "loader": "resident"}')
+    monkeypatch.setattr(train, 'choose_attention', lambda *_: pytest.fail('chosen again'))
+    status, (result,), _ = run('--resume', tmp_path / 'run')
+    assert (status, fused, result.get('attention')) == (0, attentions, None if old else 'plain')
+
+
+def test_no_attention_is_chosen_for_a_net_without(run, train, folder, monkeypatch):
+    monkeypatch.setattr(train, 'choose_attention', lambda *_: pytest.fail('probed'))
+    status, (result,), _ = run('--task', 'plain', '--dataset', folder, '--epochs', 1)
+    assert (status, 'attention' in result) == (0, False)
+
+
 def test_a_run_without_checkpoint_is_not_removed_when_it_is_resumed(run, train, tmp_path, folder, monkeypatch):
     with monkeypatch.context() as killed:
         killed.setattr(train, 'run_stage', lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))

@@ -1,4 +1,4 @@
-"""Speed beside timm's, as ratios: ``python -m timm_emoreg.bench [step loader muon train startup import compile]``."""
+"""Speed beside timm's, as ratios: ``python -m timm_emoreg.bench [NAME...]``, all of `BENCHES` by default."""
 from __future__ import annotations
 
 import argparse
@@ -26,6 +26,7 @@ from torch import nn
 
 import timm_emoreg
 
+from .attention import choose_attention, fused_attentions, use_plain_attention
 from .backbone import create_backbone
 from .data.folders import default_data_dir
 from .data.loader import make_loader
@@ -256,6 +257,23 @@ def muon(args: argparse.Namespace) -> Iterator[Figure]:
                      'at most 1')
 
 
+# -- attention ---------------------------------------------------------------------------------------------------------
+
+
+def attention(args: argparse.Namespace) -> Iterator[Figure]:
+    """A training step with the plain attention that train.py may choose, beside timm's fused one."""
+    for backbone, size, batch, small in NETS[args.device.type]:
+        plain, fused = (build(False, backbone, size, small) for _ in range(2))
+        if not fused_attentions(fused):
+            continue
+        if choose_attention(args.device, args.precision, size) == 'fused':
+            raise Skipped(f'on {args.device} in {args.precision} train.py uses the fused kernel, too')
+        use_plain_attention(plain)
+        calls = [training(model, size, batch, args) for model in (plain, fused)]
+        yield Figure(f'training step, plain attention: {backbone}, {size} px, batch {batch}', 's',
+                     compare(*calls, args.rounds), 'at most 1')
+
+
 # -- train, startup, import, compile: in processes of their own --------------------------------------------------------
 
 
@@ -380,8 +398,8 @@ def compile_(args: argparse.Namespace) -> Iterator[Figure | str]:
 
 # -- the command -------------------------------------------------------------------------------------------------------
 
-BENCHES = {'step': step, 'loader': loader, 'muon': muon, 'train': train, 'startup': startup, 'import': import_,
-           'compile': compile_}
+BENCHES = {'step': step, 'loader': loader, 'muon': muon, 'attention': attention, 'train': train, 'startup': startup,
+           'import': import_, 'compile': compile_}
 
 
 def machine(device: torch.device) -> str:

@@ -1,12 +1,13 @@
 """16-bit autocast where the processor gains from it."""
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
+
+from .probe import fastest
 
 __all__ = ['autocast_in', 'choose_precision', 'faster_in']
 
@@ -20,13 +21,8 @@ def faster_in(dtype: torch.dtype, device: torch.device) -> bool:
     operands = {kind: [torch.ones(shape, device=device).to(kind, memory_format=torch.channels_last)
                        for shape in ((2, 64, 32, 32), (64, 64, 3, 3))]
                 for kind in (torch.float32, dtype)}
-    best = dict.fromkeys(operands, float('inf'))
-    for _ in range(10):  # in turn, and the best of each; so short that no other process falls into all of a kind
-        for kind, (images, weight) in operands.items():
-            start = time.perf_counter()
-            torch.nn.functional.conv2d(images, weight)
-            best[kind] = min(best[kind], time.perf_counter() - start)
-    return best[dtype] < best[torch.float32]
+    # float32 first: 16 bits must gain something
+    return fastest({kind: partial(torch.nn.functional.conv2d, *pair) for kind, pair in operands.items()}) == dtype
 
 
 def choose_precision(device: torch.device, dtype: str | None) -> str:
