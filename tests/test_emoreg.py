@@ -3,6 +3,7 @@ import copy
 import pickle
 import re
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -440,6 +441,37 @@ def test_set_input_size_and_its_export(tmp_path):
     free = create()
     free.set_input_size(img_size=64)
     assert 'img_size' not in get_model_args(free)  # any size works, and a ResNet takes no such argument
+
+
+@pytest.mark.parametrize('size', [32, 48])
+def test_set_input_size_of_a_small_image_form_keeps_its_patches_in_an_export(tmp_path, size):
+    model = stir(create('test_vit', small_image=True)).eval()
+    model.set_input_size(img_size=size)
+    want = model(images(size=size))
+    save_for_hf(model, tmp_path, safe_serialization=True)
+    again = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
+    assert again.backbone.patch_embed.patch_size == (4, 4)  # as at 32 px
+    assert torch.equal(again(images(size=size)), want)
+
+
+def test_a_small_image_resnet_is_never_rebuilt_with_the_stock_stem(tmp_path):
+    plain = create_backbone('test_resnet', small_image=True, num_classes=5).eval()
+    save_for_hf(plain, tmp_path / 'plain', safe_serialization=True)
+    with pytest.raises(TypeError, match='small_image'):  # its stem differs in a stride alone, which no tensor shows
+        timm.create_model(f'local-dir:{tmp_path / "plain"}', pretrained=True)
+    model = stir(EmoReg(plain)).eval()
+    assert model.small_image
+    save_for_hf(model, tmp_path / 'emoreg', safe_serialization=True)
+    again = timm.create_model(f'local-dir:{tmp_path / "emoreg"}', pretrained=True).eval()
+    assert torch.equal(again(images()), model(images()))
+
+
+def test_a_balance_of_numpy_is_exported(tmp_path):
+    model = EmoReg('test_resnet', num_classes=5, balance=np.float32(0.25))
+    for balance in (0.25, 0.75):
+        save_for_hf(model, tmp_path, safe_serialization=True)
+        assert timm.create_model(f'local-dir:{tmp_path}', pretrained=True).balance == balance
+        model.balance = np.float32(0.75)
 
 
 def test_dynamic_img_size():

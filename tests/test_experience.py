@@ -88,16 +88,20 @@ def test_a_folder_without_a_result(tmp_path):
 def test_a_released_weight_by_its_tag(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     model = make('ratings', 2)
-    monkeypatch.setattr(zoo, 'WEIGHTS', {'emoreg_tiny.emoji': SimpleNamespace(affect_names=('valence', 'arousal'))})
-    monkeypatch.setattr(timm, 'list_pretrained', lambda pattern: ['emoreg_tiny.emoji'])
+    monkeypatch.setattr(zoo, 'WEIGHTS', {
+        'emoreg_tiny.emoji': SimpleNamespace(affect_names=('valence', 'arousal'), target=None, available=True),
+        'emoreg_tiny.emoji_ft_cifar10': SimpleNamespace(target='cifar10', available=True)})
     monkeypatch.setattr(timm, 'create_model',
                         lambda name, pretrained: model if (name, pretrained) == ('emoreg_tiny.emoji', True) else None)
     found = find_experience('emoreg_tiny.emoji')
     assert (found.source, found.affect_kind, found.num_affect) == ('emoreg_tiny.emoji', 'ratings', 2)
     assert found.names == ('valence', 'arousal')
     assert torch.equal(found.state_dict['head_affect.weight'], model.head_affect.weight)
-    with pytest.raises(CheckpointError, match=r'nor a released weight \(emoreg_tiny\.emoji\)'):
+    with pytest.raises(CheckpointError, match=r'nor a released weight of stage 1 \(emoreg_tiny\.emoji\)\.'):
         find_experience('emoreg_tiny.ferplus')
+    with pytest.raises(CheckpointError, match=r'_ft_cifar10: the result of stage 2, which knows its target already; '
+                                              r'give one of stage 1 \(emoreg_tiny\.emoji\)\.'):
+        find_experience('emoreg_tiny.emoji_ft_cifar10')
 
     def fail(name, pretrained):
         raise WeightError(f'{name}: not to be had.')

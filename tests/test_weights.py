@@ -620,11 +620,18 @@ def test_stem_that_does_not_fit(shelf, classes, monkeypatch):
         timm.create_model(record.name, pretrained=True, num_classes=classes, block_args={'attn_layer': 'se'})
 
 
-def test_small_image_that_does_not_fit(shelf, monkeypatch):
-    monkeypatch.setitem(emoreg_resnet.BACKBONES, 'emoreg_resnet18', 'resnet18')
-    record, _ = shelf(target='cifar10')
-    with pytest.raises(WeightMismatch, match=r'small_image=False: it needs small_image=True \(.*backbone\.conv1'):
-        timm.create_model(record.name, pretrained=True, small_image=False)
+@pytest.mark.parametrize('target', [None, 'cifar10'])
+@pytest.mark.parametrize('arguments', [{}, {'img_size': 64}])
+def test_small_image_that_does_not_fit(shelf, arguments, target):
+    record, _ = shelf(target=target)
+    with pytest.raises(WeightMismatch, match=r'small_image=False.*: it needs small_image=True'):
+        timm.create_model(record.name, pretrained=True, small_image=False, **arguments)
+
+
+def test_another_form_than_that_of_the_weight_has_its_usual_size_without_it():
+    small, usual = (timm.create_model('emoreg_vit_tiny.emoji', small_image=small) for small in (None, False))
+    assert [model.backbone.patch_embed.num_patches for model in (small, usual)] == [64, 196]
+    assert usual.pretrained_cfg['input_size'] == (3, 224, 224)
 
 
 def test_stage_1_is_open_in_what_it_did_not_train(shelf):

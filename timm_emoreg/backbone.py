@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import timm
 import torch
 from timm.models import get_model_args, get_model_traits, resolve_model_input_args
+from timm.models._input import update_model_args
 from torch import Tensor, nn
 
 from .small_image import DEFAULT_SIZE, small_image_args, small_image_stem
@@ -109,8 +110,10 @@ def create_backbone(
     elif img_size is not None:
         kwargs['img_size'] = img_size
     model = timm.create_model(name, **kwargs)
-    if small_image:
-        small_image_stem(model)
+    if small_image and small_image_stem(model):
+        # Another stride leaves the shapes of all tensors: timm, which has no such argument, must not rebuild this model
+        # without it. It refuses the argument.
+        update_model_args(model, small_image=True)
     return model
 
 

@@ -101,6 +101,7 @@ class EmoReg(nn.Module):
     ):
         super().__init__()
         check_regulation(balance, num_affect, affect_kind, experience)
+        balance = balance if isinstance(balance, str) else float(balance)  # NumPy's numbers are not JSON's
         building = dict(backbone_args, in_chans=in_chans, img_size=img_size, global_pool=global_pool, device=device,
                         dtype=dtype, pretrained=pretrained_backbone or None, small_image=small_image or None,
                         cache_dir=cache_dir)
@@ -114,6 +115,7 @@ class EmoReg(nn.Module):
                 raise ValueError("experience='separate' builds the backbone twice and needs its name, "
                                  'not a built model. Give the timm name.')
             self.backbone = backbone
+            small_image = bool(get_model_args(backbone).get('small_image'))  # as `create_backbone` noted
         else:
             if num_classes is not None:
                 building['num_classes'] = num_classes
@@ -235,6 +237,7 @@ class EmoReg(nn.Module):
     @balance.setter
     def balance(self, value: float | str) -> None:
         check_regulation(value, self.num_affect, self.affect_kind, self.experience)
+        value = value if isinstance(value, str) else float(value)
         used = self._affect_is_used()
         self.regulation = Balance(value, self.num_affect, **get_device_dtype(self.backbone)).train(self.training)
         if used != self._affect_is_used():  # otherwise a head that the user froze stays frozen
@@ -412,6 +415,9 @@ class EmoReg(nn.Module):
             self._change_backbones('set_input_size', img_size=img_size, **kwargs)
             size = get_model_traits(self.backbone).get('img_size')
             self._traits = dict(self._traits, img_size=size)
+            if self.small_image:  # of another size it would be built with patches of another size
+                self.small_image = False
+                self._record(small_image=False, patch_size=self.backbone.patch_embed.patch_size)
 
     def forward_intermediates(
             self,

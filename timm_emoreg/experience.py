@@ -79,14 +79,16 @@ def find_experience(where: str) -> Experience:
     if os.path.isfile(where):
         return _from_checkpoint(Path(where))
     weight = zoo.WEIGHTS.get(where)
-    if weight is not None:
+    if weight is not None and weight.target is None:
         try:
             model = timm.create_model(where, pretrained=True)
         except WeightError as e:
             raise CheckpointError(f'--experience {e}') from e
         return Experience(where, model.state_dict(), model.affect_kind, model.num_affect, weight.affect_names)
-    known = ', '.join(timm.list_pretrained('emoreg*')) or 'none yet'
-    raise CheckpointError(f'--experience {where[:80]}: neither a file, nor a folder, nor a released weight ({known}).')
+    known = ', '.join(name for name, weight in zoo.WEIGHTS.items() if weight.target is None and weight.available)
+    what = 'the result of stage 2, which knows its target already; give one of' if weight else (
+        'neither a file, nor a folder, nor a released weight of')
+    raise CheckpointError(f'--experience {where[:80]}: {what} stage 1 ({known or "none yet"}).')
 
 
 def released_experience(architecture: str, small_image: bool, img_size: int) -> str | None:

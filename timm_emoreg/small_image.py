@@ -7,7 +7,7 @@ from timm.models import is_model_in_modules, split_model_name_tag
 from timm.models.resnet import ResNet
 from torch import nn
 
-__all__ = ['DEFAULT_SIZE', 'LARGEST_SIZE', 'has_small_image_form', 'small_image_args', 'small_image_form',
+__all__ = ['DEFAULT_SIZE', 'GRID', 'LARGEST_SIZE', 'has_small_image_form', 'small_image_args', 'small_image_form',
            'small_image_stem']
 
 DEFAULT_SIZE = 32
@@ -52,15 +52,18 @@ def small_image_args(backbone: str, img_size: int | tuple[int, int]) -> dict[str
     return {'patch_size': size[0] // GRID, 'img_size': size}
 
 
-def small_image_stem(model: nn.Module) -> None:
+def small_image_stem(model: nn.Module) -> bool:
     """Exchange, in place, the stem of a ResNet: the first convolution gets stride 1, the pooling goes.
 
     A 7x7 convolution is replaced by a new 3x3 one (He et al. 2016, section 4.2, for CIFAR); the first convolution of
     a deep stem is 3x3 already and only its stride changes. Models that are no ResNet are left as they are: their
     small-image form is made by `small_image_args`.
+
+    Returns:
+        Whether the model was changed.
     """
     if not isinstance(model, ResNet):
-        return
+        return False
     old = model.conv1[0] if isinstance(model.conv1, nn.Sequential) else model.conv1
     if old.kernel_size == (3, 3):
         old.stride = (1, 1)
@@ -74,6 +77,7 @@ def small_image_stem(model: nn.Module) -> None:
         dict(info, reduction=max(info['reduction'] // (2 if i == 0 else 4), 1))
         for i, info in enumerate(model.feature_info)
     ]
+    return True
 
 
 def small_image_form(model: nn.Module) -> str:

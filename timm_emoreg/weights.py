@@ -359,7 +359,7 @@ def _mismatch(weight: Weight, differing: dict[str, Any], found: str = '') -> Wei
 
 def _refuse_misfits(weight: Weight, arguments: dict[str, Any]) -> None:
     differing = _differing(weight, arguments)
-    wrong = {name: value for name, value in differing.items() if name in MEANING}
+    wrong = {name: value for name, value in differing.items() if name in (*MEANING, 'small_image')}
     if weight.target is not None:
         kinds = [value if isinstance(value, str) else 'a fixed number'
                  for value in (arguments.get('balance'), weight.model_args['balance'])]
@@ -438,6 +438,8 @@ def create(variant: str, backbone: str, pretrained: bool, /, **kwargs: Any) -> n
     kwargs |= added
     if not pretrained or own_source:
         own_cfg = timm.get_pretrained_cfg(weight.name)
+        if 'small_image' in _differing(weight, arguments):  # another form, of its usual size
+            own_cfg = PretrainedCfg(**backbone_cfg(backbone, **small_image_cfg(**kwargs)))
         kwargs['pretrained_cfg'] = replace(own_cfg, file=None, hf_hub_id=None, hf_hub_filename=None)
         model = create_emoreg(variant, backbone, pretrained, **kwargs)
         update_model_args(model, **added)
