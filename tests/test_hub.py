@@ -545,6 +545,13 @@ def test_push_of_a_newer_card_moves_the_tag(hub, built, home):
     assert list(hub.repositories[built.hub_id].tags.values()) == [second.hub_commit]
 
 
+def test_a_dry_run_for_another_owner_writes_nothing(built, home, capsys):
+    before = {path: path.read_bytes() for path in home.rglob('*') if path.is_file()}
+    publish(NAME, home, organisation='someone')
+    assert f'{NAME} -> someone/{NAME} (dry run' in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in home.rglob('*') if path.is_file()} == before
+
+
 def test_push_under_another_owner(hub, built, home):
     weight = publish(NAME, home, push=True, organisation='someone', token=loopback_hub.TOKEN)
     assert list(hub.repositories) == [f'someone/{NAME}']

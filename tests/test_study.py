@@ -57,7 +57,7 @@ def test_a_grid_is_run_once(run, tmp_path):
         'regulated', 'emoji', '1', '0.5', 'CPU, 2 threads')
     assert row['flags'].endswith('--epochs 3 --val-interval 2')
     assert float(row['seconds']) == result['seconds']
-    assert row['commit'] == 'abc'
+    assert (row['commit'], row['attention']) == ('abc', 'plain')
     assert result['experience'] == str(tmp_path / 's/runs/test_resnet_emoji_affect_s1')
     kept = {str(path.relative_to(tmp_path / 's/runs')) for path in (tmp_path / 's/runs').glob('*/*/*.pth.tar')}
     assert kept == {f'test_resnet_emoji_affect_s{seed}/affect/model_best.pth.tar' for seed in (0, 1)}
@@ -104,10 +104,11 @@ def test_a_failed_run_is_reported_and_the_others_go_on(run, tmp_path, monkeypatc
             'test_resnet_emoji_affect_s0') in err
     assert [key.split('_')[-2] for key in keys(tmp_path)] == ['random', 'shuffled']
     monkeypatch.delenv('FAKE_FAIL')
-    assert run(*arms)[0] == 0  # tried again
+    assert run(*arms, '--data-dir', tmp_path)[0] == 0  # tried again, where the data is now
     assert len(keys(tmp_path)) == 4
     assert 'resumed' in log.read_text()
-    assert '--resume' in log.read_text()
+    command = log.read_text().splitlines()[2]
+    assert command.endswith(f'--resume {tmp_path / "s/runs" / log.stem} --data-dir {tmp_path}')
 
 
 def test_a_stopped_study_goes_on_where_it_was(run, tmp_path, monkeypatch):

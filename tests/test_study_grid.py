@@ -84,7 +84,12 @@ def test_flags_of_all_and_of_each_stage(grid):
     runs, _ = grid(arms=['regulated:lr=0.2'], flags=['--smoothing', '0'], affect_flags=['--lr', '0.002'],
                    target_flags=['--lr', '0.1'])
     assert [flags(run).partition(' --epochs ')[2] for run in runs] == [
-        '5 --val-interval 5 --smoothing 0 --lr 0.002', '20 --smoothing 0 --lr 0.1 --lr 0.2']  # the last one counts
+        '5 --smoothing 0 --val-interval 5 --lr 0.002', '20 --smoothing 0 --lr 0.1 --lr 0.2']  # the last one counts
+
+
+def test_what_is_for_all_does_not_choose_the_epoch_of_stage_1(grid):
+    runs, _ = grid(arms=['regulated'], flags=['--val-interval', '1'])
+    assert flags(runs[0]).endswith('--val-interval 1 --val-interval 5')
 
 
 def test_stage_1_and_plain_are_shared(grid):

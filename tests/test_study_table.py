@@ -14,13 +14,14 @@ TESTS = {'plain': (66.0, 65.0, 67.0), 'init': (68.0, 66.0, 68.5), 'regulated': (
          'random': (65.0, 64.5, 66.0), 'shuffled': (66.5, 65.0, 67.5), 'regulated:learned': (66.0,)}
 
 
-def write_run(folder, arm, seed, test, stimuli='emoji', images='1000', predictions=None, precision='float32'):
+def write_run(folder, arm, seed, test, stimuli='emoji', images='1000', predictions=None, precision='float32',
+              attention=''):
     key = f'{arm.replace(":", ".")}_{images}_s{seed}'
     rows = read_rows(folder / 'results.csv')
     row = dict.fromkeys(COLUMNS, '') | {
         'key': key, 'arm': arm, 'model': 'resnet10t', 'stimuli': '' if arm == 'plain' else stimuli,
         'target': 'cifar10', 'train_images': images, 'seed': seed, 'test': test, 'validation': test + 1,
-        'seconds': 10 * seed + 5, 'epochs': 3, 'precision': precision}
+        'seconds': 10 * seed + 5, 'epochs': 3, 'precision': precision, 'attention': attention}
     write_rows(folder / 'results.csv', [*rows, row], COLUMNS)
     if predictions is not None:
         (folder / 'runs' / key / 'task').mkdir(parents=True)
@@ -172,10 +173,17 @@ def test_stage_1_stands_below_with_the_epoch_it_was_taken_at(folder):
     assert '| resnet10t: emoji | affect | 1 | ccc | 0.25 | 15.0 of 15 |' in one
 
 
-def test_runs_of_different_precision_are_not_paired_without_a_word(folder):
-    assert 'different precisions' not in tables(folder)
+def test_runs_that_were_computed_otherwise_are_not_paired_without_a_word(folder):
+    assert 'different ways' not in tables(folder)
     write_run(folder, 'unlabelled', 3, 60.0, precision='bfloat16')  # a seed of its own is paired with nothing
-    assert 'different precisions' not in tables(folder)
+    assert 'different ways' not in tables(folder)
     write_run(folder, 'unlabelled', 1, 60.0, precision='bfloat16')
-    assert ('Not only the arm differs: the runs of seed 1 were computed in different precisions (bfloat16, float32). '
+    assert ('Not only the arm differs: the runs of seed 1 were computed in different ways (bfloat16, float32). '
             'Run the arms of a seed on one machine, or give all of them --no-amp.') in tables(folder)
+
+
+def test_runs_of_another_attention_are_not_paired_without_a_word(folder):
+    write_run(folder, 'unlabelled', 3, 60.0, precision='bfloat16', attention='plain')
+    write_run(folder, 'content', 3, 60.0, precision='bfloat16', attention='fused')
+    assert ('the runs of seed 3 were computed in different ways (bfloat16 with fused attention, bfloat16 with plain '
+            'attention). ') in tables(folder)

@@ -12,6 +12,7 @@ Publishing needs a token with write permission (`hf auth login`, or HF_TOKEN).
 from __future__ import annotations
 
 import argparse
+import hashlib
 import math
 import re
 import sys
@@ -125,8 +126,6 @@ def publish(name: str, home: Path = ROOT, push: bool = False, organisation: str 
     if organisation is not None:
         weight = replace(weight, hub_id=f'{organisation}/{name}',
                          hub_commit=weight.hub_commit if weight.hub_id == f'{organisation}/{name}' else None)
-        place.write_card(weight)
-        place.save(weight)
     problems = check(name, home)
     if not re.fullmatch('[0-9a-f]{40}', weight.commit):
         problems.append(f'the record is dirty: its project commit is {weight.commit!r}; train it in a clean checkout, '
@@ -135,12 +134,17 @@ def publish(name: str, home: Path = ROOT, push: bool = False, organisation: str 
         problems.append(f'{place.file(weight)} is not here')
     if problems:
         raise HubError(f'{name} is not published:\n' + '\n'.join(f'  - {problem}' for problem in problems))
-    files = {part: place.file(weight) if part == HUB_FILE else place.cards / name / part for part in PARTS}
     print(f'{name} -> {weight.hub_id}' + ('' if push else ' (dry run; --push publishes)'))
-    for part, path in files.items():
-        print(f'  {part:18} {path.stat().st_size:>12,} bytes  sha256 {sha256_of(path)}')
+    texts = {'config.json': config_text(weight), 'README.md': make_card(weight)}
+    for part in PARTS:  # the texts as they will be, which another organisation changes
+        content = texts[part].encode() if part in texts else place.file(weight).read_bytes()
+        print(f'  {part:18} {len(content):>12,} bytes  sha256 {hashlib.sha256(content).hexdigest()}')
     if not push:
         return weight
+    if organisation is not None:
+        place.write_card(weight)
+        place.save(weight)
+    files = {part: place.file(weight) if part == HUB_FILE else place.cards / name / part for part in PARTS}
     api = HfApi(token=token, library_name='timm_emoreg', library_version=__version__)
     try:
         api.create_repo(weight.hub_id, private=private, exist_ok=True)

@@ -109,7 +109,8 @@ class Run:
         """What the settings came to in the run; empty where an older train.py did not note it."""
         if 'recipe' not in self.result:
             return {}
-        return {**self.result['recipe'], 'loader': self.result['loader'], 'precision': self.result['precision']}
+        return {**self.result['recipe'], 'loader': self.result['loader'], 'precision': self.result['precision'],
+                'attention': self.result.get('attention', 'fused')}  # what it was before there was a choice
 
 
 def _settings_of(*command: str) -> dict[str, Any]:

@@ -142,8 +142,8 @@ class Study:
             'train_images': run.train_images, 'images': result['train_images'], 'seed': run.seed,
             'epochs': result['epochs'], 'best_epoch': result['best_epoch'], 'metric': result['metric'],
             'validation': result['validation'], 'test': result['test'][result['metric']],
-            'balance': result['balance'], 'precision': result['precision'], 'device': result['device'],
-            'seconds': result['seconds'], 'commit': settings.get('commit'),
+            'balance': result['balance'], 'precision': result['precision'], 'attention': result.get('attention'),
+            'device': result['device'], 'seconds': result['seconds'], 'commit': settings.get('commit'),
             'flags': shlex.join(run.flags)}
         name = 'stage1.csv' if run.task == 'affect' else 'results.csv'
         self.rows[name].append({k: '' if v is None else str(v) for k, v in row.items()})
@@ -168,8 +168,8 @@ class Study:
             command += [*run.flags, '--output', str(folder.parent), '--experiment', run.key]
             if run.needs:
                 command += ['--experience', str(folder.parent / run.needs)]
-            if self.data_dir:
-                command += ['--data-dir', self.data_dir]
+        if self.data_dir:
+            command += ['--data-dir', self.data_dir]
         threads = str(self.threads)
         with open(log, 'a') as file:
             file.write(f'$ {shlex.join(command)}\n')

@@ -186,7 +186,7 @@ def plan(args: argparse.Namespace) -> tuple[list[Run], list[str]]:
                            '--epochs', str(args.affect_epochs),
                            # where labels are noise, so is the validation: its best epoch would come early, and what
                            # is to be a control of the labels would be one of the length of training, too
-                           '--val-interval', str(args.affect_epochs), *args.flags, *args.affect_flags)))
+                           *args.flags, '--val-interval', str(args.affect_epochs), *args.affect_flags)))
 
     arms = [parse_arm(name) for name in args.arms]
     for seed, model, stimuli, target, images, arm in product(
@@ -215,7 +215,7 @@ def plan(args: argparse.Namespace) -> tuple[list[Run], list[str]]:
 # -- files -------------------------------------------------------------------------------------------------------------
 
 COLUMNS = ('key', 'arm', 'model', 'stimuli', 'target', 'train_images', 'images', 'seed', 'epochs', 'best_epoch',
-           'metric', 'validation', 'test', 'balance', 'seconds', 'precision', 'device', 'commit', 'flags')
+           'metric', 'validation', 'test', 'balance', 'seconds', 'precision', 'attention', 'device', 'commit', 'flags')
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:

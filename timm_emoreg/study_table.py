@@ -244,17 +244,19 @@ COLUMNS = ('model', 'stimuli', 'target', 'train_images', 'arm', 'versus', 'n', '
            'mcnemar_p', 'won_lost_by_seed')
 
 
-def _mixed_precision(setting: Setting) -> list[str]:
-    """A warning where runs are paired that another processor, or its load, had compute in another precision."""
+def _computed_otherwise(setting: Setting) -> list[str]:
+    """A warning where runs are paired that another processor, or its load, had compute in another precision or with
+    another kernel of attention."""
     found: dict[str, set[str]] = {}
     for runs in setting.arms.values():
         for seed, row in runs.items():
-            found.setdefault(str(seed), set()).add(row['precision'])
-    mixed = [seed for seed, precisions in found.items() if len(precisions) > 1]
+            kind = [row['precision'], *(f'{name} attention' for name in [row.get('attention')] if name)]
+            found.setdefault(str(seed), set()).add(' with '.join(kind))
+    mixed = [seed for seed, ways in found.items() if len(ways) > 1]
     if not mixed:
         return []
     kinds = ', '.join(sorted(set().union(*(found[seed] for seed in mixed))))
-    return [f'Not only the arm differs: the runs of seed {", ".join(mixed)} were computed in different precisions '
+    return [f'Not only the arm differs: the runs of seed {", ".join(mixed)} were computed in different ways '
             f'({kinds}). Run the arms of a seed on one machine, or give all of them --no-amp.\n']
 
 
@@ -296,7 +298,7 @@ def _setting_table(folder: Path, setting: Setting) -> tuple[str, list[dict]]:
                          'won_lost_by_seed': ' '.join(f'{seed}:{won}/{lost}' for seed, won, lost in c.pairs)})
     if any(len(runs) < 2 for runs in setting.arms.values()):
         text.append('A single seed gives no sd, no interval and no t test: n/a.\n')
-    text += _mixed_precision(setting)
+    text += _computed_otherwise(setting)
     return '\n'.join(text), rows
 
 
