@@ -46,7 +46,7 @@ from tqdm import tqdm
 
 import timm_emoreg
 from timm_emoreg.arguments import above, at_least, within
-from timm_emoreg.attention import choose_attention, fused_attentions, use_plain_attention
+from timm_emoreg.attention import choose_attention, use_plain_attention
 from timm_emoreg.checkpoint import CheckpointError, load_training_checkpoint, newest_checkpoint, restore_best
 from timm_emoreg.commit import project_commit
 from timm_emoreg.curves import draw_curves
@@ -145,7 +145,7 @@ def parse_args() -> argparse.Namespace:
     group = parser.add_argument_group('recipe')
     group.add_argument('--epochs', type=at_least(1), default=8)
     group.add_argument('--val-interval', type=at_least(1), default=1, help='epochs a validation; the last has one')
-    group.add_argument('--opt', help='any of timm (default: adamw for stage 1, muon for stage 2)')
+    group.add_argument('--opt', type=str.lower, help='any of timm (default: adamw for stage 1, muon for stage 2)')
     group.add_argument('--opt-kwargs', nargs='*', default={}, action=ParseKwargs,
                        help='for --opt, name=value; for muon the default is '
                             + ' '.join(f'{k}={v}' for k, v in MUON.items()))
@@ -156,6 +156,9 @@ def parse_args() -> argparse.Namespace:
     group.add_argument('--weight-decay', type=at_least(0.0), help='default: 5e-4 for sgd, 0.01 for muon, else 0.05')
     group.add_argument('--layer-decay', type=above(0))
     group.add_argument('--sched', default='cosine', choices=('cosine', 'tanh', 'poly', 'step'))
+    group.add_argument('--decay-epochs', type=above(0), help='of --sched step (default: a third of the epochs)')
+    group.add_argument('--decay-rate', type=above(0),
+                       help='factor of each step (default: 0.1), or the power of --sched poly (default: 1, linear)')
     group.add_argument('--warmup-epochs', type=at_least(0.0), default=1.0)
     group.add_argument('--warmup-lr', type=at_least(0.0), default=1e-3, help='times --lr')
     group.add_argument('--min-lr', type=at_least(0.0), default=1e-3, help='times --lr')
@@ -215,6 +218,10 @@ def parse_args() -> argparse.Namespace:
             parser.error(f'{e}')
     if not timm.is_model(args.model.split('.')[0]):
         parser.error(f'--model {args.model}: unknown. timm.list_models() names all, emoreg_* are this package\'s.')
+    name, dot, _ = args.model.partition('.')
+    if dot and name in timm_emoreg.BACKBONES:
+        parser.error(f'--model {args.model}: names a weight. Give --model {name}, and the weight of a stage 1 by '
+                     '--experience.')
     if args.rehearsal and (args.task != 'emoreg' or not args.stimuli):
         parser.error(f'--rehearsal {args.rehearsal} shows --stimuli beside the images of --task emoreg: give both.')
     if args.shuffle_stimuli_labels and args.stimuli_labels == 'rotation':
@@ -230,6 +237,13 @@ def parse_args() -> argparse.Namespace:
         if late := [name for name in (*labels, 'affect_epochs') if getattr(args, name)]:
             parser.error(f"--{late[0].replace('_', '-')} shapes stage 1, and --experience is its result already: leave "
                          'one of them out.')
+    if args.rating_scale and not args.rating_columns:
+        parser.error(f'--rating-scale {args.rating_scale}: is that of --rating-columns. Give both.')
+    if args.task == 'affect':
+        for flag in ('train_images', 'mixup', 'cutmix'):
+            if getattr(args, flag):
+                parser.error(f'--{flag.replace("_", "-")} {getattr(args, flag)}: is for a classification, and --task '
+                             'affect trains on stimuli. Leave it out.')
     if args.experience and args.task == 'affect':
         parser.error('--task affect makes an experience and takes none: leave --experience out.')
     if args.opt_kwargs and not args.opt:
@@ -305,6 +319,16 @@ def build_model(args, task: str, splits, experience: Experience | None):
     if experience.state_dict:
         model.load_experience(experience.state_dict)
     return model
+
+
+@torch.no_grad()
+def check_takes(model, size: int, args) -> None:
+    """Refuse a size of images at which the model's layers leave nothing to pool, before anything is trained."""
+    try:
+        model.eval()(torch.zeros(1, 3, size, size, device=args.device))
+    except (AssertionError, RuntimeError) as e:
+        raise ModelError(f'--start-img-size {size}: {args.model} takes no images of that size '
+                         f'({str(e).splitlines()[0].rstrip(".")}). Use a larger one, or leave it out.') from e
 
 
 def shapes_stage_1(args) -> bool:
@@ -430,15 +454,17 @@ def run_stage(args, task_name: str, splits, device, experience: Experience | Non
     random_seed(args.seed)
     try:
         model = build_model(args, task_name, splits, experience)
+        if args.grad_checkpointing:
+            model.set_grad_checkpointing()
     except (AssertionError, RuntimeError, TypeError, ValueError) as e:
         reason = (str(e).splitlines() or [type(e).__name__])[0].rstrip('.')
         raise ModelError(f'--model {args.model} cannot be built so: {reason}. Change --model-kwargs, --img-size, '
-                         '--small-image or --experience.') from e
+                         '--small-image, --grad-checkpointing or --experience.') from e
     model.to(device)
     if args.channels_last:
         model.to(memory_format=torch.channels_last)
-    if args.grad_checkpointing:
-        model.set_grad_checkpointing()
+    if args.start_img_size is not None:
+        check_takes(model, args.start_img_size, args)
     if args.sync_bn and args.distributed:
         model = convert_sync_batchnorm(model)  # timm's own, which keeps the activation that many of its layers hold
     mix = task_name != 'affect' and max(args.mixup, args.cutmix) > 0
@@ -468,8 +494,8 @@ def run_stage(args, task_name: str, splits, device, experience: Experience | Non
     def choose() -> dict[str, str]:  # by what is fast and free here now, so it must not be chosen again
         shown = {'loader': splits} | ({'stimuli_loader': stimuli} if stimuli else {})
         precision = choose_precision(device, args.amp_dtype if args.amp else None)
-        kernel = {'attention': choose_attention(device, precision, args.img_size)} if fused_attentions(model) else {}
-        return {'precision': precision} | kernel | {
+        attention = choose_attention(model, device, precision, args.img_size)
+        return {'precision': precision} | ({'attention': attention} if attention else {}) | {
             name: choose_kind(len(one.train), size, device, not args.no_aug, args.world_size)
             if args.loader == 'auto' else args.loader for name, one in shown.items()}
 
@@ -510,8 +536,10 @@ def run_stage(args, task_name: str, splits, device, experience: Experience | Non
     if task_name == 'emoreg' and args.affect_lr_scale != 1:
         scale_affect_lr(optimizer, unwrap_model(model), args.affect_lr_scale)
     scheduler, _ = create_scheduler_v2(
-        optimizer, args.sched, num_epochs=epochs, warmup_epochs=min(args.warmup_epochs, epochs / 4),
-        warmup_lr=args.warmup_lr * lr, min_lr=args.min_lr * lr, step_on_epochs=False, updates_per_epoch=updates)
+        optimizer, args.sched, num_epochs=epochs, decay_epochs=args.decay_epochs or epochs / 3,
+        decay_rate=args.decay_rate or (1.0 if args.sched == 'poly' else 0.1),
+        warmup_epochs=min(args.warmup_epochs, epochs / 4), warmup_lr=args.warmup_lr * lr, min_lr=args.min_lr * lr,
+        step_on_epochs=False, updates_per_epoch=updates)
     precision = chosen['precision']
     if device.type == 'cpu' and precision == 'float32':
         orthogonalize_in_float32(optimizer)

@@ -113,14 +113,15 @@ def test_muon_is_compared_only_where_train_sets_it_up_in_another_way(args, monke
 def test_attention_is_compared_only_where_train_chooses_the_plain_one(args, monkeypatch):
     monkeypatch.setattr(bench, 'NETS', {'cpu': [('test_resnet', 32, 4, True), ('test_vit', 32, 4, True)]})
     asked, sides = [], []
-    monkeypatch.setattr(bench, 'choose_attention', lambda *asked_for: asked.append(asked_for) or 'plain')
+    monkeypatch.setattr(bench, 'choose_attention', lambda model, *asked_for: asked.append(asked_for) or (
+        'plain' if bench.fused_attentions(model) else None))
     monkeypatch.setattr(bench, 'training', lambda model, *_: sides.append(len(bench.fused_attentions(model))) or int)
     figure, = bench.attention(args)
     assert figure.name == 'training step, plain attention: test_vit, 32 px, batch 4'
-    assert asked == [(args.device, 'float32', 32)]  # the ResNet has no attention
+    assert asked == [(args.device, 'float32', 32)] * 2
     assert sides == [0, 6]  # ours, timm's
     monkeypatch.setattr(bench, 'choose_attention', lambda *_: 'fused')
-    with pytest.raises(bench.Skipped, match=r'on cpu in float32 train\.py uses the fused kernel, too'):
+    with pytest.raises(bench.Skipped, match=r'on cpu in float32 train\.py uses attention as timm has it'):
         list(bench.attention(args))
 
 
@@ -194,6 +195,14 @@ def test_the_command_prints_and_writes_what_was_measured_and_what_was_not(monkey
     assert written['figures'] == [{'name': 'before', 'unit': 's', 'pairs': [[2.0, 1.0]] * 2, 'goal': ''}]
     assert bench.main(['loader', '--device', 'cpu']) == 0
     assert 'before' not in capsys.readouterr().out
+
+    def broken(args):
+        raise RuntimeError('no C++ compiler\nmore')
+    monkeypatch.setattr(bench, 'BENCHES', {'step': skipped, 'compile': broken, 'loader': lambda args: iter(['a note'])})
+    assert bench.main(['--quick', '--device', 'cpu', '--json', str(tmp_path / 'out.json')]) == 1
+    out = capsys.readouterr().out
+    assert '\nstep: skipped, there is no GPU.\ncompile: failed, RuntimeError: no C++ compiler\na note\n' in out
+    assert json.loads((tmp_path / 'out.json').read_text())['figures'] == written['figures']
 
 
 @pytest.mark.parametrize(('argv', 'message'), [

@@ -13,6 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
+from timm_emoreg.attention import fused_attentions
+
 SCRIPT = Path(__file__).parents[1] / 'train.py'
 
 
@@ -219,14 +221,14 @@ def test_attention_is_chosen_once_a_stage(run, train, tmp_path, folder, monkeypa
     fused, epoch = [], train.train_epoch
 
     def stop_after_the_first(number, first_step, task, *args):
-        fused.append(len(train.fused_attentions(task)))
+        fused.append(len(fused_attentions(task)))
         parts = epoch(number, first_step, task, *args)
         if number == 0:
             train.received.append(signal.SIGTERM)
         return parts
 
     monkeypatch.setattr(train, 'train_epoch', stop_after_the_first)
-    monkeypatch.setattr(train, 'choose_attention', lambda device, precision, img_size: 'plain')
+    monkeypatch.setattr(train, 'choose_attention', lambda model, device, precision, img_size: 'plain')
     assert run('--task', 'plain', '--dataset', folder, '--epochs', 2, model='test_vit')[0] == 128 + signal.SIGTERM
     if old:  # a run from before attention was chosen, which goes on with the fused kernel
         (tmp_path / 'run/plain/choices.json').write_text('{"precision": "float32", "loader": "resident"}')
@@ -235,10 +237,37 @@ def test_attention_is_chosen_once_a_stage(run, train, tmp_path, folder, monkeypa
     assert (status, fused, result.get('attention')) == (0, attentions, None if old else 'plain')
 
 
-def test_no_attention_is_chosen_for_a_net_without(run, train, folder, monkeypatch):
-    monkeypatch.setattr(train, 'choose_attention', lambda *_: pytest.fail('probed'))
+def test_no_attention_is_noted_for_a_net_without(run, folder):
     status, (result,), _ = run('--task', 'plain', '--dataset', folder, '--epochs', 1)
     assert (status, 'attention' in result) == (0, False)
+
+
+@pytest.mark.parametrize(('flags', 'lrs'), [
+    (('step',), [2e-3, 2e-4, 2e-5]),
+    (('step', '--decay-epochs', 2, '--decay-rate', 0.5), [0.02, 0.01, 0.01]),
+    (('poly',), [2 / 150, 1 / 150, 2e-5]),
+    (('poly', '--decay-rate', 2), [0.02 * 4 / 9, 0.02 / 9, 2e-5]),
+    (('cosine',), [0.015, 0.005, 2e-5]),
+])
+def test_every_schedule_ends_lower_than_it_began(run, tmp_path, folder, flags, lrs):
+    recipe = ('--epochs', 3, '--warmup-epochs', 0, '--lr', 0.02, '--sched', *flags)
+    assert run('--task', 'plain', '--dataset', folder, *recipe)[0] == 0
+    found = [float(row['lr']) for row in rows(tmp_path / 'run/plain/summary.csv')]
+    assert found == pytest.approx(lrs, rel=0.01)
+
+
+def test_an_optimizer_has_its_recipe_in_any_case(run, folder):
+    status, (result,), _ = run('--task', 'plain', '--dataset', folder, '--epochs', 1, '--opt', 'Muon')
+    assert (status, result['recipe']['lr'], result['recipe']['opt_kwargs']['ns_steps']) == (0, 0.02, 3)
+
+
+@pytest.mark.parametrize(('model', 'flags', 'message'), [
+    ('test_convnext', ('--start-img-size', 16), '--start-img-size 16: test_convnext takes no images of that size ('),
+    ('dla46x_c', ('--grad-checkpointing',), '--model dla46x_c cannot be built so: gradient checkpointing not'),
+])
+def test_what_a_backbone_does_not_take_leaves_no_folder(run, tmp_path, folder, model, flags, message):
+    status, _, err = run('--task', 'plain', '--dataset', folder, '--epochs', 1, *flags, model=model)
+    assert (status, err.startswith(f'train.py: {message}'), (tmp_path / 'run').exists()) == (2, True, False), err
 
 
 def test_a_run_without_checkpoint_is_not_removed_when_it_is_resumed(run, train, tmp_path, folder, monkeypatch):
@@ -314,6 +343,11 @@ def test_a_loss_that_is_not_finite_stops_the_run(run, tmp_path, folder):
 
 @pytest.mark.parametrize(('argv', 'message'), [
     (('--task', 'affect', '--experience', 'x'), '--task affect makes an experience and takes none'),
+    (('--task', 'affect', '--train-images', '9'), '--train-images 9: is for a classification, and --task affect'),
+    (('--task', 'affect', '--mixup', '0.2'), '--mixup 0.2: is for a classification'),
+    (('--rating-scale', '1', '7'), '--rating-scale [1.0, 7.0]: is that of --rating-columns. Give both'),
+    (('--model', 'emoreg_resnet18.emoji'),
+     '--model emoreg_resnet18.emoji: names a weight. Give --model emoreg_resnet18, and the weight of a stage 1 by'),
     (('--val-interval', '0'), '--val-interval: expected a whole number, 1 or more, got 0'),
     (('-b', '-5'), '--batch-size: expected a whole number, 1 or more, got -5'),
     (('--epochs', 'ten'), '--epochs: expected a whole number, 1 or more, got ten'),
