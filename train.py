@@ -547,10 +547,11 @@ def run_stage(args, task_name: str, splits, device, experience: Experience | Non
     scaler = NativeScaler(device.type) if precision == 'float16' else None
     metric = task.create_evaluator().default_metric
     form = small_image_form(getattr(unwrap_model(model), 'backbone', unwrap_model(model)))
+    kernel = f'{chosen["attention"]} attention, ' if 'attention' in chosen else ''
     pixels = f'{args.start_img_size} to {args.img_size}' if args.start_img_size is not None else args.img_size
     say(args, f'{task_name}: {args.model} ({form}, {pixels} px, '
               f'{sum(p.numel() for p in model.parameters()):,} parameters) on {splits.summary()}; {epochs} epochs, '
-              f'{opt}, lr {lr:g}, batch {whole_batch}, {precision}, {type(train_loader).__name__} on {device}')
+              f'{opt}, lr {lr:g}, batch {whole_batch}, {precision}, {kernel}{type(train_loader).__name__} on {device}')
     if args.start_img_size is not None:
         train_loader = ProgressiveLoader(train_loader, args.start_img_size, epochs)
     if stimuli is not None:

@@ -17,7 +17,7 @@ assert 'huggingface_hub' not in sys.modules, 'a plugin imported huggingface_hub 
 HUB = LoopbackHub()
 HOME = tempfile.mkdtemp(prefix='emoreg-hub-')
 for name in ('HF_HUB_OFFLINE', 'TRANSFORMERS_OFFLINE', 'HF_HUB_CACHE', 'HUGGINGFACE_HUB_CACHE', 'HF_TOKEN',
-             'HUGGING_FACE_HUB_TOKEN', 'HUGGINGFACE_CO_STAGING', 'HF_TOKEN_PATH', 'EMOREG_WEIGHTS'):
+             'HUGGING_FACE_HUB_TOKEN', 'HUGGINGFACE_CO_STAGING', 'HF_TOKEN_PATH', 'EMOREG_WEIGHTS', 'TIMM_FUSED_ATTN'):
     os.environ.pop(name, None)
 os.environ |= {'HF_ENDPOINT': HUB.endpoint, 'HF_HOME': HOME, 'HF_HUB_DISABLE_XET': '1',
                'HF_HUB_DISABLE_TELEMETRY': '1', 'HF_HUB_DISABLE_PROGRESS_BARS': '1',
