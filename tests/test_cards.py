@@ -8,7 +8,7 @@ from huggingface_hub import ModelCard
 
 from timm_emoreg import zoo
 from timm_emoreg.card_lint import lint_card
-from timm_emoreg.cards import make_card, make_config, make_table
+from timm_emoreg.cards import make_card, make_config, make_table, rounded_up
 from timm_emoreg.hub import check
 from timm_emoreg.terms import licence_terms
 
@@ -93,3 +93,10 @@ def test_table(make_record):
     assert '.emoji` (default) | 0.0 | cc-by-sa-4.0 | in the package | CCC 0.450 ± 0.070 (n = 2)' in table[2]
     assert '| Hub: `timm-emoreg/emoreg_resnet18.emoji_ft_cifar10` | accuracy 0.5 ± 0.1 % (n = 2) | 0.5 ±' in table[3]
     assert 'research-use-only-ferplus | waits for publication' in table[4]
+
+
+@pytest.mark.parametrize(('value', 'text'), [
+    (0.000417, '0.00042'), (0.00105, '0.0011'), (0.0061, '0.0061'), (0.006100001, '0.0062'), (0.0099999, '0.01'),
+    (2e-7, '2e-07')])
+def test_a_bound_is_rounded_up(value, text):
+    assert rounded_up(value) == text

@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 from test_emoreg import create, images, stir
+from timm.data import resolve_model_data_config
 from timm.models._hub import save_for_hf
 
 from timm_emoreg.fold import FoldError, fold
@@ -51,11 +52,21 @@ def test_small_image_forms(tmp_path):
         model = create(backbone, modulation=False, small_image=True, img_size=32).eval()
         plain = fold(model)
         torch.testing.assert_close(plain(images()), model(images()), rtol=1e-5, atol=1e-5)
+        assert resolve_model_data_config(plain) == resolve_model_data_config(model)
         save_for_hf(plain, tmp_path / backbone, safe_serialization=True)
     again = timm.create_model(f'local-dir:{tmp_path}/test_vit', pretrained=True).eval()
     torch.testing.assert_close(again(images()), plain(images()))
     with pytest.raises(TypeError, match='small_image'):
         timm.create_model(f'local-dir:{tmp_path}/test_resnet', pretrained=True)
+
+
+def test_a_folded_model_is_fed_and_answers_as_before():
+    model = timm.create_model('emoreg_resnet18', num_classes=2, small_image=True, modulation=False)
+    model.pretrained_cfg['label_names'] = ('cat', 'dog')
+    plain = fold(model)
+    assert resolve_model_data_config(plain) == resolve_model_data_config(model)
+    assert plain.pretrained_cfg['label_names'] == ('cat', 'dog')
+    assert (plain.pretrained_cfg['first_conv'], plain.pretrained_cfg['classifier']) == ('conv1', 'fc')
 
 
 @pytest.mark.parametrize(('kwargs', 'message'), [

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+from decimal import ROUND_CEILING, Decimal
 from typing import Any
 
 import yaml
@@ -10,7 +11,7 @@ from .emoreg import backbone_cfg
 from .terms import TARGET_TERMS, licence_terms
 from .zoo import Weight
 
-__all__ = ['PAPER', 'make_card', 'make_config', 'make_table', 'metric_name']
+__all__ = ['PAPER', 'make_card', 'make_config', 'make_table', 'metric_name', 'rounded_up']
 
 PAPER = 'arXiv 2606.13081'
 PERCENT = ('top1', 'top5', 'uar')
@@ -139,6 +140,12 @@ Do not use it so, there or elsewhere: votes on posed and found photographs say w
 """
 
 
+def rounded_up(value: float) -> str:
+    """A bound with two digits, none of which makes it smaller."""
+    number = Decimal(repr(value))
+    return f'{float(number.quantize(Decimal(1).scaleb(number.adjusted() - 1), ROUND_CEILING)):.2g}'
+
+
 def make_card(weight: Weight) -> str:
     """The ``README.md`` of a weight, made from its record alone."""
     terms = licence_terms(weight)
@@ -155,7 +162,7 @@ def make_card(weight: Weight) -> str:
     kind = 'classifier' if target else 'model'
     trained = (f'from `{weight.base}`' if weight.base else 'from scratch') + f', project commit `{weight.commit}`'
     seeds = ', '.join(map(str, weight.seeds))
-    moved = f'{weight.logit_difference:.1g}'
+    moved = rounded_up(weight.logit_difference)
     data = [f'- Stimuli: {terms.title}; labels: {weight.stimuli_labels}. {terms.text}']
     if target:
         data.append(f'- Target: {target.title}. {target.text}')
@@ -178,7 +185,7 @@ paper were not available; no number of the paper is claimed here.
 |---|---|
 | model | `{weight.architecture}`, {weight.form}, {size} px, {weight.parameters:,} parameters |
 | trained | {trained}, seeds {seeds}, {weight.seconds:,.0f} s a run ({weight.hardware}) |
-| file | {weight.size:,} bytes, safetensors, {weight.precision}, which moves an output by at most {moved} |
+| file | {weight.size:,} bytes, safetensors, {weight.precision}: moves outputs for noise by at most {moved} |
 | sha256 | `{weight.sha256}` |
 | licence | {licence} |
 

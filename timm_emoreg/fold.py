@@ -11,6 +11,10 @@ from .regulation import regulate
 
 __all__ = ['FoldError', 'fold']
 
+# what a pretrained cfg says of the images that a model was made for, and of its answers
+OF_THE_IMAGES = ('input_size', 'pool_size', 'fixed_input_size', 'crop_pct', 'crop_mode', 'test_input_size',
+                 'test_crop_pct', 'interpolation', 'mean', 'std', 'label_names', 'label_descriptions')
+
 
 class FoldError(ValueError):
     """A model that is no plain model; the message says why."""
@@ -51,17 +55,19 @@ def fold(model: EmoReg) -> nn.Module:
                 (model.head.weight, model.head.bias), (model.head_emo.weight, model.head_emo.bias), strict=True))
         plain = put_classifier(model.backbone, weight, bias)
         if plain is not None:
-            return _described(plain, model.small_image)
+            return _described(plain, model)
         why = f'the classifier of {name} is no single linear layer'
     raise FoldError(f'This model cannot be folded into a plain {name}: {why}.')
 
 
-def _described(plain: nn.Module, small_image: bool) -> nn.Module:
+def _described(plain: nn.Module, model: EmoReg) -> nn.Module:
     """What an export of the plain model says of it: how to build and feed it, not which weights it came from."""
     kept = {k: v for k, v in getattr(plain, 'pretrained_cfg', {}).items()
             if k == 'architecture' or k not in OF_THE_WEIGHTS}
+    ours = getattr(model, 'pretrained_cfg', None) or {}
+    kept |= {k: ours[k] for k in OF_THE_IMAGES if k in ours}
     plain.pretrained_cfg = plain.default_cfg = dict(kept, num_classes=plain.num_classes)
-    if small_image and isinstance(plain, ResNet):
+    if model.small_image and isinstance(plain, ResNet):
         # A stem with another stride has tensors of the same shapes; timm refuses this argument, as it should.
         plain._model_args = dict(getattr(plain, '_model_args', {}), small_image=True)
     return plain

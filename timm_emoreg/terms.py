@@ -69,7 +69,8 @@ TARGET_TERMS = {
     'cifar100': Terms('CIFAR-100', ('uoft-cs/cifar100',),
                       'CIFAR-100, Krizhevsky 2009: its makers state no licence.'),
     'emoji': Terms('drawings of emoji that are no stimuli, by Unicode\'s group', ('emoji',),
-                   'Drawings as above; the groups are Unicode\'s (Unicode License v3).'),
+                   'Drawings: Noto Emoji (Apache-2.0), Twemoji (CC-BY 4.0), Fluent Emoji (MIT); the groups are '
+                   'Unicode\'s (Unicode License v3).'),
     'oasis': Terms('photographs of OASIS, by category', ('oasis',),
                    'OASIS: free to use and modify for research.',
                    'other', 'research-use-only-oasis', 'https://doi.org/10.3758/s13428-016-0715-3'),

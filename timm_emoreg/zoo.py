@@ -20,9 +20,12 @@ ASSETS = files('timm_emoreg') / 'assets'
 
 
 def whole_image_cfg(input_size: tuple[int, int, int]) -> dict[str, Any]:
-    """What a pretrained cfg says of a model that is made for whole images of one size: (channels, height, width)."""
-    return {'input_size': tuple(input_size), 'pool_size': None, 'crop_pct': 1.0, 'test_input_size': None,
-            'test_crop_pct': None}
+    """What a pretrained cfg says of a model that is made for whole images of one size: (channels, height, width).
+
+    Oblong images are squashed to that size, as in the training.
+    """
+    return {'input_size': tuple(input_size), 'pool_size': None, 'crop_pct': 1.0, 'crop_mode': 'squash',
+            'test_input_size': None, 'test_crop_pct': None}
 
 
 @dataclass(frozen=True)
