@@ -363,7 +363,8 @@ def train_epoch(epoch, first_step, task, loader, optimizer, scheduler, scaler, a
     task.train()
     accumulate = args.grad_accum_steps
     updates = len(loader) // accumulate
-    sums = {name: torch.tensor(value, dtype=torch.float64, device=task.device) for name, value in args.sums.items()}
+    wide = torch.float32 if task.device.type == 'mps' else torch.float64  # which MPS has not
+    sums = {name: torch.tensor(value, dtype=wide, device=task.device) for name, value in args.sums.items()}
     loader.set_epoch(epoch, first_step)
     steps = range(first_step, updates * accumulate)
     bar = tqdm(zip(steps, loader, strict=False), desc=f'epoch {epoch + 1}', total=updates * accumulate,
@@ -388,7 +389,7 @@ def train_epoch(epoch, first_step, task, loader, optimizer, scheduler, scaler, a
                 if update:
                     optimizer.step()
         for name in result.keys() - {'output'}:
-            sums[name] = sums.get(name, 0) + result[name].detach().double()
+            sums[name] = sums.get(name, 0) + result[name].detach().to(wide)
         if task.device.type == 'cpu' or step % args.log_interval == 0 or step + 1 == updates * accumulate:
             mean = sums['loss'].item() / (step + 1)
             if not math.isfinite(mean):
@@ -447,6 +448,7 @@ def run_stage(args, task_name: str, splits, device, experience: Experience | Non
         with writing(out):
             out.mkdir(exist_ok=True)
     args.start = time.perf_counter()
+    args.label_names = splits.target.names  # a checkpoint holds the settings, and the data may change
     if device.type == 'cuda':
         torch.cuda.reset_peak_memory_stats(device)  # of the stage before
 

@@ -1,6 +1,7 @@
 """From a name or a run to a model whose outputs have names."""
 import argparse
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -82,10 +83,26 @@ def test_a_run_without_experience_is_refused(run, tmp_path):
         trained_model(change(run, tmp_path, experience='none'))
 
 
-def test_classes_whose_pictures_are_gone_have_numbers(run, tmp_path):
-    trained = trained_model(change(run, tmp_path, dataset=str(tmp_path / 'gone')), experience=str(run))
-    assert trained.label_names == ()
-    assert trained.label(1) == 'class 1'
+def test_classes_keep_the_names_that_they_were_trained_under(run, tmp_path):
+    """Whatever became of the pictures: their folders may be gone, or have other names today."""
+    changed = change(run, tmp_path, dataset=str(tmp_path / 'gone'), data_dir='there')
+    trained = trained_model(changed, experience=str(run))
+    assert trained.label_names == ('blue', 'green', 'red')
+    assert trained.data_dir == 'there'
+    path = tmp_path / 'model_best.pth.tar'
+    state = torch.load(path, weights_only=False)
+    del state['args'].label_names
+    torch.save(state, path)
+    older = trained_model(tmp_path, experience=str(run))
+    assert (older.label_names, older.label(1)) == ((), 'class 1')
+
+
+def test_a_plain_run_with_a_stage_1_is_a_plain_model(run, tmp_path):
+    shutil.copytree(run / 'affect', tmp_path / 'affect')
+    assert trained_model(tmp_path).affect_names == ('blue', 'green', 'red')
+    (tmp_path / 'plain').mkdir()
+    with pytest.raises(DataError, match='has no affect response: it is a plain model'):
+        trained_model(tmp_path)
 
 
 @pytest.mark.parametrize(('make', 'error', 'message'), [
@@ -127,12 +144,27 @@ def test_an_exported_run_brings_its_names_and_size(run, tmp_path):
     ('emoreg_resnet18.emojy', "Did you mean 'emoreg_resnet18.emoji'"),
     ('emoreg_resnet50', "--model 'emoreg_resnet50' is unknown. Known: 'emoreg_resnet18.emoji'"),
     ('resnet18', '--model resnet18 has no affect response: it is a plain model'),
-    ('local-dir:nowhere', 'nowhere/config.json cannot be read'),
+    ('local-dir:nowhere', '--model local-dir:nowhere: its config.json cannot be read'),
+    ('hf-hub:nobody/nothing', '--model hf-hub:nobody/nothing: its config.json cannot be read'),
 ])
 def test_a_name_that_is_no_weight_is_refused(name, message):
     with pytest.raises(DataError) as error:
         released_model(name)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize('config', ['[]', '{"architecture": "emoreg"}', '{}'])
+def test_a_folder_without_a_weight_is_refused(tmp_path, config):
+    (tmp_path / 'config.json').write_text(config)
+    with pytest.raises(DataError, match=r'timm cannot load it \(.*\)\. It should hold what timm\.models\.save_for_hf'):
+        released_model(f'local-dir:{tmp_path}')
+
+
+def test_a_published_weight_brings_its_names(hub, tmp_path):
+    model = timm.create_model('emoreg', backbone='test_resnet', num_affect=2, num_classes=0)
+    save_for_hf(model, tmp_path, model_config={'emoreg': {'affect_names': ['joy', 'fear']}}, safe_serialization=True)
+    hub.put('someone/mine', {path.name: path.read_bytes() for path in tmp_path.iterdir()})
+    assert released_model('hf-hub:someone/mine').affect_names == ('joy', 'fear')
 
 
 def test_a_folder_of_a_plain_model_is_refused(tmp_path):

@@ -26,7 +26,7 @@ from .checkpoint import CheckpointError
 from .data import DataError, ImageSet, load_stimuli, load_target
 from .experience import find_experience
 from .metrics import EmotionEvaluator, RatingEvaluator
-from .trained import Trained, trained_model
+from .trained import Trained, some, trained_model
 from .weights import WeightError
 
 __all__ = ['affect_quality', 'diagnose', 'main', 'with_constant_state']
@@ -90,9 +90,10 @@ def diagnose(trained: Trained, before: dict[str, Tensor], stimuli: ImageSet, ima
         ValueError: If `before` is of another architecture.
     """
     model = trained.model
-    if len(images.target) != model.num_classes:
-        raise DataError(f'the images have {len(images.target)} classes, {trained.source} answers with '
-                        f'{model.num_classes}. Give the --dataset of its stage 2.')
+    names = images.target.names
+    if len(names) != model.num_classes or (trained.label_names and trained.label_names != names):
+        raise DataError(f'the images have {len(names)} classes ({some(names)}), {trained.source} answers with '
+                        f'{model.num_classes} others ({some(trained.label_names)}). Give the --dataset of its stage 2.')
     after = affect_quality(trained, stimuli, device)
     own, _ = answer(trained, images, device)
     constant = with_constant_state(trained, images, own.state.mean(dim=0), device)
@@ -118,18 +119,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog='python -m timm_emoreg.diagnose', description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('run', help='folder of a run of train.py with --task emoreg, or one of its checkpoints')
-    parser.add_argument('--stimuli', required=True, help='of its stage 1: emoji, ferplus, oasis, nemo or a folder')
+    parser.add_argument('--stimuli', required=True, help='of its stage 1: emoji, ferplus, oasis, nemo, a folder or csv')
     parser.add_argument('--stimuli-labels', help='which labels of them, the default ones if not given')
+    parser.add_argument('--rating-columns', nargs='+', help='rating columns of a csv')
+    parser.add_argument('--rating-scale', nargs=2, type=float, metavar=('LOW', 'HIGH'), help='scale of these ratings')
     parser.add_argument('--dataset', required=True, help='of its stage 2: cifar10, cifar100, emoji, or a folder')
     parser.add_argument('--experience', metavar='PATH-or-tag', required=True, help='its stage 1')
-    parser.add_argument('--data-dir', help='data sets (default: $EMOREG_DATA)')
+    parser.add_argument('--data-dir', help='data sets (default: the one of the run, $EMOREG_DATA)')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     args = parser.parse_args(argv)
     try:
         experience = find_experience(args.experience)
-        trained = trained_model(args.run, args.experience, args.data_dir)
-        stimuli = load_stimuli(args.stimuli, args.data_dir, args.stimuli_labels).validation
-        images = load_target(args.dataset, args.data_dir).validation
+        trained = trained_model(args.run, args.experience)
+        data_dir = args.data_dir or trained.data_dir
+        ratings = {name: getattr(args, name) for name in ('rating_columns', 'rating_scale') if getattr(args, name)}
+        stimuli = load_stimuli(args.stimuli, data_dir, args.stimuli_labels, **ratings).validation
+        images = load_target(args.dataset, data_dir).validation
         print(json.dumps(diagnose(trained, experience.state_dict, stimuli, images, args.device)))
     except (DataError, CheckpointError, WeightError, ValueError, OSError) as e:
         print(f'diagnose: {e}', file=sys.stderr)

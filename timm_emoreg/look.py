@@ -26,7 +26,7 @@ from .data import DataError, ImageSet, Target, load_target
 from .data.sets import read_picture
 from .image_picture import draw_images
 from .set_picture import draw_set
-from .trained import Trained, released_model, trained_model
+from .trained import Trained, released_model, some, trained_model
 from .weights import WeightError
 
 __all__ = ['main']
@@ -38,7 +38,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog='python -m timm_emoreg.look', description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('images', nargs='*', type=Path, metavar='IMAGE')
-    parser.add_argument('--model', metavar='NAME', help='a released weight with its tag, or local-dir:FOLDER of one')
+    parser.add_argument('--model', metavar='NAME',
+                        help='a released weight with its tag, local-dir:FOLDER or hf-hub:OWNER/NAME')
     parser.add_argument('--checkpoint', metavar='RUN', help='folder of a run of train.py, or one of its checkpoints')
     parser.add_argument('--experience', metavar='PATH-or-tag', help="that run's stage 1, where it lies elsewhere now")
     parser.add_argument('--dataset', help='cifar10, cifar100, emoji, oasis, or a folder per class')
@@ -77,13 +78,10 @@ def _open(path: Path):
     try:
         picture = read_picture(path)
     except DataError:
-        raise DataError(f'{path}: is not an image that Pillow can read. Give PNG, JPEG, WebP or the like.') from None
+        raise DataError(f'{path}: is not an image that can be read. Give PNG, JPEG, WebP or the like, with 8 or 16 '
+                        'bits a channel.') from None
     picture.thumbnail((400, 400))  # it will be drawn at half of that
     return picture
-
-
-def _some(names: tuple[str, ...]) -> str:
-    return ', '.join(names[:5]) + (', ...' if len(names) > 5 else '') if names else 'without names'
 
 
 def _look_at_images(args: argparse.Namespace, trained: Trained, pictures: list) -> None:
@@ -95,11 +93,11 @@ def _look_at_images(args: argparse.Namespace, trained: Trained, pictures: list) 
 
 
 def _look_at_set(args: argparse.Namespace, trained: Trained) -> None:
-    splits = load_target(args.dataset, args.data_dir)
+    splits = load_target(args.dataset, args.data_dir or trained.data_dir)
     names, classes = splits.target.names, trained.model.num_classes
     if classes and (classes != len(names) or (trained.label_names and trained.label_names != names)):
-        raise DataError(f'--dataset {args.dataset}: has {len(names)} classes ({_some(names)}), the model answers with '
-                        f'{classes} others ({_some(trained.label_names)}). Give the set that it was trained on.')
+        raise DataError(f'--dataset {args.dataset}: has {len(names)} classes ({some(names)}), the model answers with '
+                        f'{classes} others ({some(trained.label_names)}). Give the set that it was trained on.')
     images = splits.test
     if args.limit is not None and args.limit < len(images):
         images = images.subset(torch.linspace(0, len(images) - 1, args.limit).round().long())
@@ -116,10 +114,7 @@ def main(argv: list[str] | None = None) -> int:
         _check(args)
         pictures = [_open(path) for path in args.images]
         trained = (released_model(args.model) if args.model is not None else
-                   trained_model(args.checkpoint, args.experience, args.data_dir))
-        if trained.model.num_classes and not trained.label_names:
-            print('look: the classes have numbers instead of names, because the data set that the run was trained on '
-                  'cannot be read. Point --data-dir to it.', file=sys.stderr)
+                   trained_model(args.checkpoint, args.experience))
         if args.images:
             _look_at_images(args, trained, pictures)
         else:

@@ -1,22 +1,23 @@
 """A trained model and the meaning of its outputs: a released weight, or what a run of train.py left."""
 from __future__ import annotations
 
-import contextlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import timm
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError
 from timm.data import resolve_model_data_config
 
 from . import BACKBONES, EmoReg, zoo
 from .checkpoint import CheckpointError, load_training_checkpoint
-from .data import DataError, load_target
+from .data import DataError
 from .data.choices import unknown_choice
 from .experience import Experience, find_experience
 
-__all__ = ['Trained', 'released_model', 'trained_model']
+__all__ = ['Trained', 'released_model', 'some', 'trained_model']
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Trained:
         img_size: Height and width of its input.
         affect_names: Name of each affect output.
         label_names: Name of each class; empty if it has no classes, or if their names are not known.
+        data_dir: Where its run found its data sets; None for their usual place, and for a released weight.
     """
 
     source: str
@@ -36,10 +38,16 @@ class Trained:
     img_size: tuple[int, int]
     affect_names: tuple[str, ...]
     label_names: tuple[str, ...]
+    data_dir: str | None = None
 
     def label(self, index: int) -> str:
         """Name of a class."""
         return self.label_names[index] if self.label_names else f'class {index}'
+
+
+def some(names: tuple[str, ...]) -> str:
+    """The first names of a list, for a message."""
+    return ', '.join(names[:5]) + (', ...' if len(names) > 5 else '') if names else 'without names'
 
 
 def _no_affect(what: str) -> DataError:
@@ -48,20 +56,23 @@ def _no_affect(what: str) -> DataError:
 
 
 def released_model(name: str) -> Trained:
-    """A released weight by name and tag, or a folder of one as ``local-dir:PATH``.
+    """A released weight by name and tag, a folder of one as ``local-dir:PATH``, or ``hf-hub:OWNER/NAME``.
 
     Raises:
         DataError: If the name is unknown, or means a model without an affect response.
         WeightError: If the weight cannot be had.
     """
     names: tuple[str, ...] = ()
-    if name.startswith('local-dir:'):
-        config = Path(name.removeprefix('local-dir:')) / 'config.json'
+    kind, colon, place = name.partition(':')
+    if colon and kind in ('local-dir', 'hf-hub'):
         try:
-            names = tuple(json.loads(config.read_text()).get('emoreg', {}).get('affect_names', ()))
-        except (OSError, ValueError) as e:
-            raise DataError(f'--model {name}: {config} cannot be read ({e}). Give the folder of a weight, such as '
-                            'local-dir:hub_cards/NAME.') from None
+            config = Path(place, 'config.json') if kind == 'local-dir' else Path(hf_hub_download(place, 'config.json'))
+            names = tuple(json.loads(config.read_text())['emoreg']['affect_names'])
+        except (KeyError, TypeError):  # a model that was exported without them, or no model
+            pass
+        except (OSError, ValueError, HfHubHTTPError) as e:
+            raise DataError(f'--model {name}: its config.json cannot be read ({e}). Give the folder of a weight, such '
+                            'as local-dir:hub_cards/NAME, or a repository of the Hub.') from None
     else:
         weight = zoo.find(name)
         if weight is None:
@@ -71,7 +82,13 @@ def released_model(name: str) -> Trained:
             raise unknown_choice('', '--model', name, [w.name for w in zoo.WEIGHTS.values() if w.available],
                                  'Or give a run of train.py with --checkpoint.')
         name, names = weight.name, weight.affect_names
-    model = timm.create_model(name, pretrained=True)
+    try:
+        model = timm.create_model(name, pretrained=True)
+    except (AttributeError, KeyError, OSError, RuntimeError, TypeError) as e:
+        if not colon:
+            raise
+        raise DataError(f'--model {name}: timm cannot load it ({str(e).splitlines()[0]}). It should hold what '
+                        'timm.models.save_for_hf writes.') from e
     if not isinstance(model, EmoReg):
         raise _no_affect(f'--model {name}')
     if len(names) != model.num_affect:
@@ -83,11 +100,11 @@ def released_model(name: str) -> Trained:
 def _find_checkpoint(where: Path) -> Path:
     if not where.is_dir():
         return where
-    for folder in (where, where / 'emoreg', where / 'affect'):
+    for folder in (where, where / 'emoreg', where / 'plain', where / 'affect'):
+        if folder.name == 'plain' and folder.is_dir():  # with stimuli it has a stage 1, too, which was not asked for
+            raise _no_affect(str(where))
         if (folder / 'model_best.pth.tar').is_file():
             return folder / 'model_best.pth.tar'
-    if (where / 'plain').is_dir():
-        raise _no_affect(str(where))
     raise CheckpointError(f'{where}: holds no model_best.pth.tar, neither itself nor in its folders emoreg and affect. '
                           'Give a run of train.py that finished an epoch, or a checkpoint.')
 
@@ -106,16 +123,15 @@ def _experience_of(checkpoint: Path, args: dict[str, Any], given: str | None) ->
                               f'which cannot be read ({e}) Name it with --experience.') from None
 
 
-def trained_model(where: str | Path, experience: str | None = None, data_dir: str | Path | None = None) -> Trained:
+def trained_model(where: str | Path, experience: str | None = None) -> Trained:
     """The model of a checkpoint of train.py.
 
-    Its tensors and settings say how it was built; the names of its affect outputs come from stage 1, those of its
-    classes from its data set. Where that set is gone, the classes stay without names.
+    Its tensors and settings say how it was built and what its classes are called; the names of its affect outputs come
+    from stage 1.
 
     Args:
         where: A checkpoint, or the folder of a run, whose best stage-2 checkpoint goes before that of stage 1.
         experience: The result of stage 1, where it lies elsewhere now.
-        data_dir: Folder of the data sets, the run's own if None.
 
     Raises:
         CheckpointError: If there is none, or it cannot be used.
@@ -156,12 +172,8 @@ def trained_model(where: str | Path, experience: str | None = None, data_dir: st
     except RuntimeError as e:
         raise CheckpointError(f'{path}: its tensors are not those of its settings '
                               f'({str(e).splitlines()[-1].strip()}). Train again.') from None
-    labels = ()
-    if num_classes:
-        with contextlib.suppress(DataError):  # trained on pictures that are not here
-            labels = load_target(args['dataset'], data_dir or args['data_dir']).target.names
-    labels = labels if len(labels) == num_classes else ()
+    labels = tuple(args.get('label_names', ())) if num_classes else ()
     # what timm's transforms and an export of the model go by
     model.pretrained_cfg |= {**zoo.whole_image_cfg((3, args['img_size'], args['img_size'])),
                              'num_classes': num_classes, 'label_names': labels or None}
-    return Trained(str(where), model.eval(), (args['img_size'],) * 2, names, labels)
+    return Trained(str(where), model.eval(), (args['img_size'],) * 2, names, labels, args['data_dir'])
