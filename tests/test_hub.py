@@ -56,6 +56,7 @@ def home(tmp_path):
     folder = tmp_path / 'home'
     (folder / 'timm_emoreg' / 'assets' / 'weights').mkdir(parents=True)
     (folder / 'timm_emoreg' / 'assets' / 'weights.json').write_text('[]')
+    (folder / 'train.py').touch()
     return folder
 
 
@@ -120,7 +121,7 @@ def test_build_releases_the_best_of_the_seeds(run, home):
     assert read_records(home / 'timm_emoreg/assets/weights.json') == {NAME: weight}
     folder = home / 'hub_cards' / NAME
     assert sorted(p.name for p in folder.iterdir()) == ['README.md', 'config.json', HUB_FILE]
-    assert sorted(p.name for p in home.iterdir()) == ['hub_cards', 'timm_emoreg']
+    assert sorted(p.name for p in home.iterdir()) == ['hub_cards', 'timm_emoreg', 'train.py']
     state = torch.load(results[1] / 'model_best.pth.tar')['state_dict']
     loaded = load_file(folder / HUB_FILE)
     assert all(torch.equal(loaded[k], t.half() if t.is_floating_point() else t) for k, t in state.items())
@@ -557,6 +558,23 @@ def test_push_under_another_owner(hub, built, home):
     assert list(hub.repositories) == [f'someone/{NAME}']
     assert f"'hf-hub:someone/{NAME}'" in (home / 'hub_cards' / NAME / 'README.md').read_text()
     assert read_records(home / 'timm_emoreg/assets/weights.json')[NAME] == weight
+
+
+def test_a_push_that_fails_under_another_owner_leaves_record_and_card(hub, built, home, monkeypatch):
+    before = {path: path.read_bytes() for path in home.rglob('*') if path.is_file()}
+
+    def cut(*_, **__):
+        raise ConnectionResetError('the cable')
+    monkeypatch.setattr('timm_emoreg.hub.HfApi.create_commit', cut)
+    with pytest.raises(HubError, match=r'could not be published, ConnectionResetError: the cable\. Nothing'):
+        publish(NAME, home, push=True, organisation='someone', token=loopback_hub.TOKEN)
+    assert {path: path.read_bytes() for path in home.rglob('*') if path.is_file()} == before
+
+
+def test_the_commands_need_a_checkout(tmp_path, home, capsys):
+    (home / 'train.py').unlink()  # as an installed package has none
+    assert main(['table', '--home', str(home)]) == 1
+    assert f'hub: {home} is no checkout of the project' in capsys.readouterr().err
 
 
 def test_what_comes_back_with_other_bytes_is_not_recorded(hub, built, home):

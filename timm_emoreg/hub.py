@@ -24,10 +24,10 @@ from huggingface_hub import CommitOperationAdd, HfApi, errors, hf_hub_download
 
 from . import BACKBONES, __version__
 from .card_lint import lint_card, run_snippets
-from .cards import make_card, make_table
+from .cards import make_card, make_table, rounded_up
 from .checkpoint import CheckpointError
 from .data import DataError
-from .release import ORGANISATION, ROOT, Home, HubError, build, config_text, sha256_of
+from .release import ORGANISATION, ROOT, Home, HubError, build, config_text
 from .terms import licence_terms
 from .weights import WeightError, check_file, layout_of
 from .zoo import HUB_FILE, Weight, read_records
@@ -135,25 +135,22 @@ def publish(name: str, home: Path = ROOT, push: bool = False, organisation: str 
     if problems:
         raise HubError(f'{name} is not published:\n' + '\n'.join(f'  - {problem}' for problem in problems))
     print(f'{name} -> {weight.hub_id}' + ('' if push else ' (dry run; --push publishes)'))
-    texts = {'config.json': config_text(weight), 'README.md': make_card(weight)}
-    for part in PARTS:  # the texts as they will be, which another organisation changes
-        content = texts[part].encode() if part in texts else place.file(weight).read_bytes()
+    # the texts as the record makes them, which another organisation changes; nothing is written before it is published
+    contents = {'config.json': config_text(weight).encode(), 'README.md': make_card(weight).encode(),
+                HUB_FILE: place.file(weight).read_bytes()}
+    for part, content in contents.items():
         print(f'  {part:18} {len(content):>12,} bytes  sha256 {hashlib.sha256(content).hexdigest()}')
     if not push:
         return weight
-    if organisation is not None:
-        place.write_card(weight)
-        place.save(weight)
-    files = {part: place.file(weight) if part == HUB_FILE else place.cards / name / part for part in PARTS}
     api = HfApi(token=token, library_name='timm_emoreg', library_version=__version__)
     try:
         api.create_repo(weight.hub_id, private=private, exist_ok=True)
-        operations = [CommitOperationAdd(part, path) for part, path in files.items()]
+        operations = [CommitOperationAdd(part, content) for part, content in contents.items()]
         commit = api.create_commit(weight.hub_id, operations, commit_message=f'{name}, sha256 {weight.sha256[:12]}').oid
         with tempfile.TemporaryDirectory() as cache:
-            for part, path in files.items():
+            for part, content in contents.items():
                 back = hf_hub_download(weight.hub_id, part, revision=commit, cache_dir=cache, token=token)
-                if sha256_of(Path(back)) != sha256_of(path):
+                if Path(back).read_bytes() != content:
                     raise HubError(f'{name}: {part} came back from {weight.hub_id}@{commit} with other bytes. '
                                    'It is neither tagged nor recorded; publish it again.')
         tag = f'v{__version__}-{weight.sha256[:8]}'
@@ -169,7 +166,13 @@ def publish(name: str, home: Path = ROOT, push: bool = False, organisation: str 
     except (errors.HfHubHTTPError, errors.LocalTokenNotFoundError) as e:
         raise HubError(f'{name}: the Hub refuses: {" ".join(str(e).split())}. Publishing needs a token with write '
                        f'permission for {weight.hub_id.split("/")[0]}: run `hf auth login`.') from e
+    except HubError:
+        raise
+    except Exception as e:  # the clients below have many types of error for a network that fails
+        raise HubError(f'{name}: could not be published, {type(e).__name__}: {" ".join(str(e).split())[:300]}. Nothing '
+                       'is recorded; publish it again.') from e
     weight = replace(weight, hub_commit=commit)
+    place.write_card(weight)
     place.save(weight)
     print(f'  published and compared; tag {tag}; hub_commit {commit} is in {place.records.name}')
     return weight
@@ -235,7 +238,7 @@ def main(argv: list[str] | None = None) -> int:
             weight = build(args.name, args.results, args.plain, args.home, args.embed, args.default, args.org,
                            args.commit, args.experience, args.data_dir)
             print(f'{weight.name}: {weight.size:,} bytes, sha256 {weight.sha256}, seed {weight.seeds[0]} of '
-                  f'{len(weight.seeds)}; 16 bits move an output by at most {weight.logit_difference:.2g}; '
+                  f'{len(weight.seeds)}; 16 bits move an output by at most {rounded_up(weight.logit_difference)}; '
                   f'{Home(args.home).file(weight)}')
             return 0
         if args.command == 'table':
@@ -260,7 +263,7 @@ def main(argv: list[str] | None = None) -> int:
                     print(f'hub: {e}', file=sys.stderr)
                     failed = True
         return int(failed)
-    except (HubError, WeightError, CheckpointError, DataError, ValueError) as e:
+    except (HubError, WeightError, CheckpointError, DataError, OSError, ValueError) as e:
         print(f'hub: {e}', file=sys.stderr)
         return 1
 

@@ -54,8 +54,8 @@ class Home:
         self.records = root / 'timm_emoreg' / 'assets' / 'weights.json'
         self.embedded = root / 'timm_emoreg' / 'assets' / 'weights'
         self.cards = root / 'hub_cards'
-        if not self.records.is_file():
-            raise HubError(f'{self.records} does not exist: this command works in a checkout of the project.')
+        if not self.records.is_file() or not (root / 'train.py').is_file():  # an installed package has records, too
+            raise HubError(f'{root} is no checkout of the project, and this command works in one. Give it with --home.')
 
     def file(self, weight: Weight) -> Path:
         return self.embedded / weight.file if weight.embedded else self.cards / weight.name / HUB_FILE
