@@ -53,6 +53,8 @@ def on_meta(name: str) -> int:
         assert model.forward_head(features).shape == (2, 3)
         model.reset_classifier(0)
         assert model.forward_head(features).shape == h.shape
+        stage_1 = timm.create_model('emoreg', backbone=name, num_classes=0)
+        assert stage_1.backbone.state_dict().keys() == model.backbone.state_dict().keys()
     return sum(p.numel() for p in model.backbone.parameters())
 
 

@@ -23,7 +23,8 @@ def test_real_tensors(name, logits, groups):
 
 
 @pytest.mark.parametrize('module', ['cait', 'crossvit', 'dla', 'mvitv2', 'metaformer', 'efficientvim', 'vgg', 'volo',
-                                    'swin_transformer', 'naflexvit', 'vision_transformer_sam', 'inception_v3'])
+                                    'swin_transformer', 'naflexvit', 'vision_transformer_sam', 'inception_v3', 'shvit',
+                                    'efficientvit_msra'])
 def test_one_of_a_module_on_meta(module):
     assert on_meta(timm.list_models(module=module)[0]) > 1e6
 

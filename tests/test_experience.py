@@ -9,7 +9,7 @@ from timm.utils import CheckpointSaver
 
 from timm_emoreg import zoo
 from timm_emoreg.checkpoint import CheckpointError
-from timm_emoreg.experience import find_experience, released_experience
+from timm_emoreg.experience import Experience, find_experience, load_backbone, released_experience
 from timm_emoreg.task import AffectTask, EmoRegTask
 from timm_emoreg.weights import WeightError
 
@@ -112,6 +112,16 @@ def test_a_released_weight_by_its_tag(monkeypatch, tmp_path):
     (tmp_path / 'emoreg_tiny.emoji').write_text('a path goes first')
     with pytest.raises(CheckpointError, match='not a readable checkpoint'):
         find_experience('emoreg_tiny.emoji')
+
+
+@pytest.mark.parametrize('backbone', ['levit_128s', 'caformer_s18', 'test_vit'])
+def test_a_backbone_takes_an_experience_whatever_goes_with_its_classifier(backbone):
+    with torch.device('meta'):
+        stage_1 = timm.create_model('emoreg', backbone=backbone, num_classes=0)
+        plain = timm.create_model(backbone, num_classes=5)
+    load_backbone(plain, Experience('here', stage_1.state_dict(), 'emotion', 8))
+    with pytest.raises(CheckpointError, match='here: its backbone is of another architecture or form; the first'):
+        load_backbone(plain, Experience('here', {'backbone.x': torch.zeros(1)}, 'emotion', 8))
 
 
 def test_released_experience_is_of_the_same_architecture_form_and_size():

@@ -231,7 +231,7 @@ def test_rehearsal_leaves_no_trace_in_the_running_statistics(batch):
     model = make(backbone='test_resnet', img_size=None)
     after = []
     for stimuli in ((), affect_batch('class'), (100 * affect_batch('class')[0], affect_batch('class')[1])):
-        task = EmoRegTask(copy.deepcopy(model), rehearsal=1.0)
+        task = EmoRegTask(copy.deepcopy(model), rehearsal=1.0 if stimuli else 0.0)
         task.train()(x, target, *stimuli)['loss'].backward()
         after.append({k: v.clone() for k, v in task.trainable_module.named_buffers()})
         norms = [m for m in task.modules() if isinstance(m, torch.nn.BatchNorm2d)]
@@ -240,6 +240,19 @@ def test_rehearsal_leaves_no_trace_in_the_running_statistics(batch):
     assert any('running_mean' in k for k in after[0])
     for other in after[1:]:
         assert all(torch.equal(v, other[k]) for k, v in after[0].items())
+
+
+def test_rehearsal_and_stimuli_come_together(batch):
+    model, stimuli = make(), affect_batch('class')
+    with pytest.raises(ValueError, match=r'rehearsal=0\.0 and stimuli belong together: give both, or neither'):
+        EmoRegTask(model).train()(*batch, *stimuli)
+    task = EmoRegTask(model, rehearsal=1.0)
+    with pytest.raises(ValueError, match=r'rehearsal=1\.0 and stimuli belong together'):
+        task.train()(*batch)
+    task.eval()
+    assert 'loss_rehearsal' not in task(*batch)  # a validation has none
+    expected = task.affect_criterion(model.forward_affect(stimuli[0]), stimuli[1])
+    assert task(*batch, *stimuli)['loss_rehearsal'] == pytest.approx(expected.item())
 
 
 def test_averaged_weights_and_checkpoint_state(batch):

@@ -135,6 +135,8 @@ def _as_linear(module: nn.Module, width: int) -> tuple[Tensor, Tensor] | None:
 
 
 def _classifier_modules(backbone: nn.Module) -> set[nn.Module]:
+    if not backbone.num_classes:  # some families cannot name what is not there
+        return set()
     own = backbone.get_classifier()
     own = own if isinstance(own, (tuple, list)) else (own,)
     return {m for classifier in own if classifier is not None for m in classifier.modules()}

@@ -1,6 +1,7 @@
 """The result of stage 1: the weights of an affectively pre-trained model, and what its affect response means."""
 from __future__ import annotations
 
+import copy
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,9 +118,9 @@ def load_backbone(model: nn.Module, experience: Experience) -> None:
     Raises:
         CheckpointError: If a tensor is missing, unknown, or has another shape; nothing is changed then.
     """
-    cfg = model.pretrained_cfg['classifier']
-    classifier = tuple(f'{name}.' for name in ((cfg,) if isinstance(cfg, str) else cfg or ()))
-    own = {k: v.shape for k, v in model.state_dict().items() if not k.startswith(classifier)}
+    bare = copy.deepcopy(model)
+    bare.reset_classifier(0)  # some families lose a norm or an MLP with their classifier
+    own = {k: v.shape for k, v in bare.state_dict().items()}
     given = {k.removeprefix('backbone.'): v for k, v in experience.state_dict.items() if k.startswith('backbone.')}
     different = sorted(own.keys() ^ given.keys()) or [k for k in own if own[k] != given[k].shape]
     if different:

@@ -206,7 +206,12 @@ class EmoRegTask(ClassificationTask):
             ``loss`` (scalar), ``output`` (y, (B, C)), and for the log, without gradient, ``loss_non_emotional``,
             ``loss_emotional``, ``balance`` (means over the batch) and, where they are in use, ``loss_affect`` (kept)
             and ``loss_rehearsal``.
+
+        Raises:
+            ValueError: If there are stimuli without a weight of their rehearsal, or in training a weight without them.
         """
+        if (stimuli is not None) != bool(self.rehearsal) and (self.training or stimuli is not None):
+            raise ValueError(f'rehearsal={self.rehearsal!r} and stimuli belong together: give both, or neither.')
         if self.training:
             z, z_emo, affect, r = self.trainable_module(input)
         else:  # where the model gives one tensor
@@ -232,7 +237,7 @@ class EmoRegTask(ClassificationTask):
         if stimuli is not None:
             model = unwrap_model(self.trainable_module)  # DDP's forward may be called once only before a backward pass
             with _running_statistics_kept(model):
-                affect = model(stimuli)[2]
+                affect = (model(stimuli) if self.training else model.forward_responses(stimuli))[2]
             loss_rehearsal = self.affect_criterion(affect, stimuli_target)
             result |= {'loss': result['loss'] + self.rehearsal * loss_rehearsal,
                        'loss_rehearsal': loss_rehearsal.detach()}

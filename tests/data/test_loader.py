@@ -96,7 +96,8 @@ def test_free_memory_of_the_host(tmp_path):
     assert loader_module._free_host_memory(tmp_path) == 5000 * 1024
     limit = tmp_path / 'sys' / 'fs' / 'cgroup' / 'memory.max'
     limit.parent.mkdir(parents=True)
-    for text, expected in (('max\n', 5000 * 1024), ('4096\n', 4096), (f'{10 ** 12}\n', 5000 * 1024)):
+    (limit.parent / 'memory.stat').write_text('anon 1024\nfile 3000\n')
+    for text, expected in (('max\n', 5000 * 1024), ('4096\n', 3072), ('512\n', 0), (f'{10 ** 12}\n', 5000 * 1024)):
         limit.write_text(text)
         assert loader_module._free_host_memory(tmp_path) == expected
 

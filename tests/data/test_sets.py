@@ -77,6 +77,20 @@ def test_unreadable_pictures_name_the_file(tmp_path):
         read_picture(tmp_path / 'cut.png')
 
 
+@pytest.mark.parametrize('suffix', ['png', 'tif', 'pgm'])
+def test_grey_of_16_bits_keeps_its_shades(tmp_path, suffix):
+    shades = np.array([[0, 255, 256, 32768, 65535]], np.uint16)
+    Image.fromarray(shades).save(tmp_path / f'a.{suffix}')
+    assert np.asarray(read_picture(tmp_path / f'a.{suffix}'))[0, :, 1].tolist() == [0, 0, 1, 128, 255]
+
+
+@pytest.mark.parametrize('dtype', [np.int32, np.float32])
+def test_32_bits_a_channel_are_refused(tmp_path, dtype):
+    Image.fromarray(np.ones((2, 2), dtype)).save(tmp_path / 'a.tif')
+    with pytest.raises(DataError, match=r'a\.tif: not a readable image \(mode .* has 32 bits a channel and no'):
+        read_picture(tmp_path / 'a.tif')
+
+
 def test_decoder_errors_of_any_type_become_data_errors(tmp_path, monkeypatch):
     Image.new('RGB', (2, 2)).save(tmp_path / 'a.png')
 

@@ -19,16 +19,19 @@ ASSUMED_FREE = 4 * 2 ** 30  # where the system does not tell: what any machine t
 
 
 def _free_host_memory(root: str = '/') -> int:
-    """Bytes that can be had without swapping, page cache included, within the limit of a container."""
+    """Bytes that can be had without swapping, page cache included, within what the limit of a container leaves."""
     try:
         meminfo = Path(root, 'proc/meminfo').read_text()
         free = next(int(line.split()[1]) * 1024 for line in meminfo.splitlines() if line.startswith('MemAvailable:'))
     except (OSError, StopIteration):  # not Linux
         return ASSUMED_FREE
     try:
-        return min(free, int(Path(root, 'sys/fs/cgroup/memory.max').read_text()))
+        group = Path(root, 'sys/fs/cgroup')
+        limit = int((group / 'memory.max').read_text())
+        stat = dict(line.split() for line in (group / 'memory.stat').read_text().splitlines())
     except (OSError, ValueError):  # no container, or 'max'
         return free
+    return max(min(free, limit - int(stat.get('anon', 0))), 0)  # the page cache gives way
 
 
 def fits_in_memory(
