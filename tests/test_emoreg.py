@@ -464,6 +464,8 @@ def test_a_small_image_resnet_is_never_rebuilt_with_the_stock_stem(tmp_path):
     save_for_hf(model, tmp_path / 'emoreg', safe_serialization=True)
     again = timm.create_model(f'local-dir:{tmp_path / "emoreg"}', pretrained=True).eval()
     assert torch.equal(again(images()), model(images()))
+    sizes = [[resolve_model_data_config(m)[key] for key in ('input_size', 'crop_pct')] for m in (model, again)]
+    assert sizes == [[(3, 32, 32), 1.0]] * 2
 
 
 def test_a_balance_of_numpy_is_exported(tmp_path):

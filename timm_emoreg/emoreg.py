@@ -116,6 +116,7 @@ class EmoReg(nn.Module):
                                  'not a built model. Give the timm name.')
             self.backbone = backbone
             small_image = bool(get_model_args(backbone).get('small_image'))  # as `create_backbone` noted
+            building = {'small_image': small_image}
         else:
             if num_classes is not None:
                 building['num_classes'] = num_classes
