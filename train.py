@@ -296,6 +296,11 @@ class ModelError(ValueError):
     """Settings under which the model cannot be built."""
 
 
+def reason_of(error: Exception) -> str:
+    """The first line of a message, or the error's type: an assertion may have none."""
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip('.')
+
+
 def build_model(args, task: str, splits, experience: Experience | None):
     common = dict(args.model_kwargs, small_image=args.small_image, pretrained=args.pretrained_backbone,
                   drop_rate=args.drop, drop_path_rate=args.drop_path)
@@ -328,7 +333,7 @@ def check_takes(model, size: int, args) -> None:
         model.eval()(torch.zeros(1, 3, size, size, device=args.device))
     except (AssertionError, RuntimeError) as e:
         raise ModelError(f'--start-img-size {size}: {args.model} takes no images of that size '
-                         f'({str(e).splitlines()[0].rstrip(".")}). Use a larger one, or leave it out.') from e
+                         f'({reason_of(e)}). Use a larger one, or leave it out.') from e
 
 
 def shapes_stage_1(args) -> bool:
@@ -459,8 +464,7 @@ def run_stage(args, task_name: str, splits, device, experience: Experience | Non
         if args.grad_checkpointing:
             model.set_grad_checkpointing()
     except (AssertionError, RuntimeError, TypeError, ValueError) as e:
-        reason = (str(e).splitlines() or [type(e).__name__])[0].rstrip('.')
-        raise ModelError(f'--model {args.model} cannot be built so: {reason}. Change --model-kwargs, --img-size, '
+        raise ModelError(f'--model {args.model} cannot be built so: {reason_of(e)}. Change --model-kwargs, --img-size, '
                          '--small-image, --grad-checkpointing or --experience.') from e
     model.to(device)
     if args.channels_last:

@@ -261,6 +261,14 @@ def test_an_optimizer_has_its_recipe_in_any_case(run, folder):
     assert (status, result['recipe']['lr'], result['recipe']['opt_kwargs']['ns_steps']) == (0, 0.02, 3)
 
 
+def test_a_refusal_without_words_is_named_by_its_type(run, train, folder, monkeypatch):
+    def refuse(*_):
+        raise AssertionError
+    monkeypatch.setattr(torch.nn.BatchNorm2d, 'forward', refuse)
+    status, _, err = run('--task', 'plain', '--dataset', folder, '--epochs', 1, '--start-img-size', 16)
+    assert (status, 'takes no images of that size (AssertionError). Use' in err) == (2, True)
+
+
 @pytest.mark.parametrize(('model', 'flags', 'message'), [
     ('test_convnext', ('--start-img-size', 16), '--start-img-size 16: test_convnext takes no images of that size ('),
     ('dla46x_c', ('--grad-checkpointing',), '--model dla46x_c cannot be built so: gradient checkpointing not'),

@@ -160,6 +160,16 @@ def test_a_folder_without_a_weight_is_refused(tmp_path, config):
         released_model(f'local-dir:{tmp_path}')
 
 
+def test_an_error_without_words_is_named_by_its_type(tmp_path, monkeypatch):
+    (tmp_path / 'config.json').write_text('{}')
+
+    def fail(*_, **__):
+        raise RuntimeError
+    monkeypatch.setattr(timm, 'create_model', fail)
+    with pytest.raises(DataError, match=r'timm cannot load it \(RuntimeError\)'):
+        released_model(f'local-dir:{tmp_path}')
+
+
 def test_a_published_weight_brings_its_names(hub, tmp_path):
     model = timm.create_model('emoreg', backbone='test_resnet', num_affect=2, num_classes=0)
     save_for_hf(model, tmp_path, model_config={'emoreg': {'affect_names': ['joy', 'fear']}}, safe_serialization=True)

@@ -87,7 +87,8 @@ def released_model(name: str) -> Trained:
     except (AttributeError, KeyError, OSError, RuntimeError, TypeError) as e:
         if not colon:
             raise
-        raise DataError(f'--model {name}: timm cannot load it ({str(e).splitlines()[0]}). It should hold what '
+        reason = (str(e).splitlines() or [type(e).__name__])[0]  # an assertion or a key may have no text
+        raise DataError(f'--model {name}: timm cannot load it ({reason}). It should hold what '
                         'timm.models.save_for_hf writes.') from e
     if not isinstance(model, EmoReg):
         raise _no_affect(f'--model {name}')
