@@ -75,7 +75,16 @@ from timm_emoreg.processes import (
     mean_over_processes,
 )
 from timm_emoreg.regulation import check_regulation
-from timm_emoreg.run_folder import WriteError, chosen_once, remove_empty_run, trim, write_file, writing
+from timm_emoreg.run_folder import (
+    BusyError,
+    WriteError,
+    alone_in,
+    chosen_once,
+    remove_empty_run,
+    trim,
+    write_file,
+    writing,
+)
 from timm_emoreg.small_image import LARGEST_SIZE, has_small_image_form, small_image_form
 from timm_emoreg.task import AffectTask, EmoRegTask
 
@@ -84,6 +93,9 @@ from timm_emoreg.task import AffectTask, EmoRegTask
 MUON = {'ns_steps': 3, 'ns_coefficients': 'original', 'nesterov': True}
 
 LABELS_OF_STAGE_1 = ('stimuli_labels', 'shuffle_stimuli_labels', 'rating_columns')
+# arguments of a timm model that have a flag of their own here
+OWN_FLAGS = {'small_image': '--small-image', 'img_size': '--img-size', 'pretrained': '--pretrained-backbone',
+             'drop_rate': '--drop', 'drop_path_rate': '--drop-path'}
 
 # -- settings ----------------------------------------------------------------------------------------------------------
 
@@ -145,13 +157,14 @@ def parse_args() -> argparse.Namespace:
     group = parser.add_argument_group('recipe')
     group.add_argument('--epochs', type=at_least(1), default=8)
     group.add_argument('--val-interval', type=at_least(1), default=1, help='epochs a validation; the last has one')
-    group.add_argument('--opt', type=str.lower, help='any of timm (default: adamw for stage 1, muon for stage 2)')
+    group.add_argument('--opt', type=str.lower,
+                       help='any of timm, for both stages (default: muon, but adamw for stage 1 with batch norm)')
     group.add_argument('--opt-kwargs', nargs='*', default={}, action=ParseKwargs,
                        help='for --opt, name=value; for muon the default is '
                             + ' '.join(f'{k}={v}' for k, v in MUON.items()))
     group.add_argument('--lr', type=above(0),
-                       help='default: for muon 0.02, without batch norm 0.005; for 128 images an update, 0.1 for sgd, '
-                            'else 0.001')
+                       help='of both stages (default: for muon 0.02, without batch norm 0.005; for 128 images an '
+                            'update, 0.1 for sgd, else 0.001)')
     group.add_argument('--momentum', type=at_least(0.0), default=0.9)
     group.add_argument('--weight-decay', type=at_least(0.0), help='default: 5e-4 for sgd, 0.01 for muon, else 0.05')
     group.add_argument('--layer-decay', type=above(0))
@@ -164,9 +177,10 @@ def parse_args() -> argparse.Namespace:
     group.add_argument('--min-lr', type=at_least(0.0), default=1e-3, help='times --lr')
     group.add_argument('--clip-grad', type=above(0))
     group.add_argument('--clip-mode', default='norm', choices=('norm', 'value', 'agc'))
-    group.add_argument('--grad-accum-steps', type=at_least(1), default=1)
+    group.add_argument('--grad-accum-steps', type=at_least(1), default=1,
+                       help='steps that share --batch-size out among them for one update')
     group.add_argument('--model-ema', action='store_true', help='judge and keep averaged weights')
-    group.add_argument('--model-ema-decay', type=float, default=0.998)
+    group.add_argument('--model-ema-decay', type=within(0, 1), default=0.998)
 
     group = parser.add_argument_group('machine')
     group.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
@@ -187,6 +201,9 @@ def parse_args() -> argparse.Namespace:
     # what is on the command line: a default is only set where there is nothing yet
     given = vars(parser.parse_args(namespace=argparse.Namespace(**dict.fromkeys(vars(args), parser))))
     given = {name: value for name, value in given.items() if value is not parser}
+    for name in ('experience', 'stimuli', 'stimuli_labels', 'dataset', 'data_dir', 'experiment'):
+        if getattr(args, name) == '':  # a variable of the shell that is not set
+            parser.error(f'--{name.replace("_", "-")}: is empty. Give a value, or leave it out.')
     for name, known in (('data_dir', ()), ('experience', ()), ('stimuli', STIMULI), ('dataset', TARGETS)):
         if (value := getattr(args, name)) is not None:  # a resumed run may have another working directory
             parts = stimuli_parts(value) if name == 'stimuli' else (value,)
@@ -200,11 +217,16 @@ def parse_args() -> argparse.Namespace:
         if other := sorted(given.keys() - {*free}):
             parser.error(f'--{other[0].replace("_", "-")}: --resume goes on with the settings of the run. Only '
                          f'{", ".join("--" + name.replace("_", "-") for name in free[1:])} can be given beside it.')
-        saved = json.loads((args.resume / 'args.json').read_text())
+        try:
+            saved = read_settings(args.resume / 'args.json')
+        except DataError as e:
+            parser.error(f'--resume {e}')
         folder = args.resume.resolve()  # which may have been moved
         here = {name: getattr(args, name) for name in (*given, 'device')}
         here |= {'resume': str(folder), 'output': str(folder.parent), 'experiment': folder.name}
         return argparse.Namespace(**{**vars(args), **saved, **here})
+    if args.seed >= 2 ** 31:
+        parser.error(f'--seed {args.seed}: expected a number below {2 ** 31}.')
     if args.balance not in ('learned', 'gate'):
         try:
             args.balance = float(args.balance)
@@ -216,6 +238,8 @@ def parse_args() -> argparse.Namespace:
                              args.balanced_in, args.keep_affect, args.rehearsal)
         except ValueError as e:
             parser.error(f'{e}')
+    if args.model == 'emoreg':
+        parser.error('--model emoreg: wraps a backbone. Give the name of that, such as --model convnext_atto.')
     if not timm.is_model(args.model.split('.')[0]):
         parser.error(f'--model {args.model}: unknown. timm.list_models() names all, emoreg_* are this package\'s.')
     name, dot, _ = args.model.partition('.')
@@ -246,13 +270,27 @@ def parse_args() -> argparse.Namespace:
                              'affect trains on stimuli. Leave it out.')
     if args.experience and args.task == 'affect':
         parser.error('--task affect makes an experience and takes none: leave --experience out.')
+    for name in ('model_kwargs', 'opt_kwargs'):
+        try:
+            json.dumps(getattr(args, name))
+        except (TypeError, ValueError) as e:
+            parser.error(f'--{name.replace("_", "-")} {getattr(args, name)}: cannot be kept with the settings ({e}). '
+                         'Use numbers, strings and lists.')
+    for name, flag in OWN_FLAGS.items():
+        if name in args.model_kwargs:
+            parser.error(f'--model-kwargs {name}={args.model_kwargs[name]}: use {flag} instead.')
+    if args.model_kwargs.get('in_chans', 3) != 3:
+        parser.error(f'--model-kwargs in_chans={args.model_kwargs["in_chans"]}: all images are trained on as RGB. '
+                     'Leave it out.')
     if args.opt_kwargs and not args.opt:
         parser.error(f'--opt-kwargs {args.opt_kwargs}: belong to one optimizer. Give --opt, too.')
     if args.opt:
-        try:  # on one number, before anything is written
-            create_optimizer_v2([torch.nn.Parameter(torch.zeros(1))], opt=args.opt, lr=1.0, momentum=args.momentum,
-                                **args.opt_kwargs)
-        except (TypeError, ValueError) as e:
+        try:  # one step of a small matrix, before anything is written
+            weight = torch.nn.Parameter(torch.ones(8, 8))
+            weight.grad = torch.ones(8, 8)
+            create_optimizer_v2([weight], opt=args.opt, lr=1.0, momentum=args.momentum, weight_decay=0.1,
+                                **args.opt_kwargs).step()
+        except (RuntimeError, TypeError, ValueError) as e:
             parser.error(f'--opt {args.opt}, --opt-kwargs {args.opt_kwargs}: {e}. timm.optim.list_optimizers() names '
                          'the optimizers.')
     args.backbone = timm_emoreg.BACKBONES.get(args.model, args.model)
@@ -292,6 +330,16 @@ def target_of(args):
     return fewer_images(splits, args.train_images, args.seed) if args.train_images else splits
 
 
+def read_settings(path: Path) -> dict:
+    try:
+        saved = json.loads(path.read_text())
+        if not isinstance(saved, dict):
+            raise ValueError('no object')
+    except ValueError as e:
+        raise DataError(f'{path}: is damaged ({e}). Bring back a copy, or start anew.') from None
+    return saved
+
+
 class ModelError(ValueError):
     """Settings under which the model cannot be built."""
 
@@ -327,12 +375,13 @@ def build_model(args, task: str, splits, experience: Experience | None):
 
 
 @torch.no_grad()
-def check_takes(model, size: int, args) -> None:
+def check_takes(model, flag: str, args) -> None:
     """Refuse a size of images at which the model's layers leave nothing to pool, before anything is trained."""
+    size = getattr(args, flag)
     try:
         model.eval()(torch.zeros(1, 3, size, size, device=args.device))
     except (AssertionError, RuntimeError) as e:
-        raise ModelError(f'--start-img-size {size}: {args.model} takes no images of that size '
+        raise ModelError(f'--{flag.replace("_", "-")} {size}: {args.model} takes no images of that size '
                          f'({reason_of(e)}). Use a larger one, or leave it out.') from e
 
 
@@ -361,6 +410,17 @@ class Stop(Exception):
 
 
 received: list[int] = []  # signals since the start
+
+
+def heed(number: int, args) -> None:
+    """A signal is heeded at the next update; a second one ends a process that is alone at once, with what it wrote.
+
+    A launcher sends its own beside the terminal's, so that several are no sign of impatience there.
+    """
+    if received and not args.distributed:
+        signal.signal(number, signal.SIG_DFL)
+        signal.raise_signal(number)
+    received.append(number)
 
 
 def train_epoch(epoch, first_step, task, loader, optimizer, scheduler, scaler, autocast, mixup, saver, args):
@@ -453,7 +513,9 @@ def run_stage(args, task_name: str, splits, device, experience: Experience | Non
         with writing(out):
             out.mkdir(exist_ok=True)
     args.start = time.perf_counter()
-    args.label_names = splits.target.names  # a checkpoint holds the settings, and the data may change
+    # a checkpoint holds the settings, and the data may change
+    args.label_names = splits.target.names
+    args.data_digest = [splits.digest(), stimuli.digest() if stimuli else None]
     if device.type == 'cuda':
         torch.cuda.reset_peak_memory_stats(device)  # of the stage before
 
@@ -469,8 +531,9 @@ def run_stage(args, task_name: str, splits, device, experience: Experience | Non
     model.to(device)
     if args.channels_last:
         model.to(memory_format=torch.channels_last)
+    check_takes(model, 'img_size', args)
     if args.start_img_size is not None:
-        check_takes(model, args.start_img_size, args)
+        check_takes(model, 'start_img_size', args)
     if args.sync_bn and args.distributed:
         model = convert_sync_batchnorm(model)  # timm's own, which keeps the activation that many of its layers hold
     mix = task_name != 'affect' and max(args.mixup, args.cutmix) > 0
@@ -487,7 +550,11 @@ def run_stage(args, task_name: str, splits, device, experience: Experience | Non
 
     # data
     size, whole_batch = (args.img_size, args.img_size), args.batch_size or (128 if len(splits.train) >= 10_000 else 64)
-    batch_size = max(whole_batch // (args.world_size * args.grad_accum_steps), 1)
+    batch_size = whole_batch // (args.world_size * args.grad_accum_steps)
+    if not batch_size:
+        raise DataError(f'--batch-size {whole_batch}: {args.world_size} processes with {args.grad_accum_steps} '
+                        'accumulation steps each share it out. Use at least '
+                        f'{args.world_size * args.grad_accum_steps}, or a smaller --grad-accum-steps.')
     felt = splits if task_name == 'affect' else stimuli
     if felt is not None and felt.target.kind == 'ratings' and batch_size < 2:
         raise DataError(f'1 - CCC needs 2 images or more a step, --batch-size {whole_batch} gives {batch_size} a '
@@ -525,11 +592,13 @@ def run_stage(args, task_name: str, splits, device, experience: Experience | Non
         raise DataError(f'--grad-accum-steps {args.grad_accum_steps}: an epoch has {len(train_loader)} batches, and no '
                         'update. Use fewer steps, or a smaller --batch-size.')
     epochs = args.affect_epochs or args.epochs if task_name == 'affect' else args.epochs
-    # Short runs hardly start under SGD at the rates that suit long ones; AdamW and Muon learn at once.
-    opt = args.opt or ('adamw' if task_name == 'affect' else 'muon')
+    # Short runs hardly start under SGD at the rates that suit long ones; AdamW and Muon learn at once, but a ViT under
+    # AdamW hardly learns stage 1, and a ResNet learns it better so than with Muon.
+    batch_norm = any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in model.modules())
+    opt = args.opt or ('adamw' if task_name == 'affect' and batch_norm else 'muon')
     # The length of Muon's updates depends neither on the gradient nor on the batch: 0.02 and 0.03 were best for ResNet
     # at 256 and 64 images. Without batch norm the length of the weights matters, and ViT stood still at 0.02.
-    muon_lr = 0.02 if any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in model.modules()) else 0.005
+    muon_lr = 0.02 if batch_norm else 0.005
     usual_lr, usual_decay = {'sgd': (0.1, 5e-4), 'momentum': (0.1, 5e-4), 'muon': (muon_lr, 0.01)}.get(
         opt, (1e-3, 0.05))
     lr = args.lr or usual_lr * (1 if opt == 'muon' else whole_batch / 128)
@@ -573,6 +642,10 @@ def run_stage(args, task_name: str, splits, device, experience: Experience | Non
     found = newest_checkpoint(out)
     if found:
         state = load_training_checkpoint(found)
+        if getattr(state['args'], 'data_digest', args.data_digest) != args.data_digest:
+            raise DataError(f'{found}: was trained on other images, labels or parts of {splits.name}'
+                            + (f' or {stimuli.name}' if stimuli else '') + '. Restore them as they were, or start a '
+                            'run of its own.')
         task.load_checkpoint_state(state['state_dict'], state.get('task_state'))
         if args.model_ema:
             task.load_checkpoint_state(state['state_dict_ema'], state.get('task_state_ema'), ema=True)
@@ -601,6 +674,9 @@ def run_stage(args, task_name: str, splits, device, experience: Experience | Non
                 distribute_bn(unwrap_model(one), args.world_size, reduce=True)
         judged = (epoch + 1) % args.val_interval == 0 or epoch + 1 == epochs
         scores = evaluate(task, validation_loader, autocast, args) if judged else {}
+        # the last update of an epoch, whose loss the training never sees, must not spoil the last good checkpoint
+        if not (math.isfinite(scores.get('loss', 0.0)) and all(p.isfinite().all() for p in model.parameters())):
+            raise FloatingPointError(f'weights or validation loss are not finite after epoch {epoch + 1}')
         if saver is not None:
             with writing(out):
                 if judged:
@@ -672,6 +748,7 @@ def run(args) -> None:
             experience = untrained_experience(stimuli.target if stimuli else None)
     elif args.experience:
         experience = find_experience(args.experience)
+        experience.check_form(args.backbone, args.small_image)
         if stimuli is not None:
             experience.check_stimuli(stimuli)
     if is_primary(args) and not args.resume:
@@ -687,21 +764,22 @@ def run(args) -> None:
         torch.distributed.barrier()
 
     results = []
-    try:
-        if stage_1:
-            say(args, f'experience: none given, so stage 1 runs first, on {stimuli.name}')
-            results.append(run_stage(args, 'affect', stimuli, device))
-            experience = find_experience(str(folder / 'affect'))
-        if args.task != 'affect':
-            if experience is not None:
-                say(args, f'experience: {experience.source}, affect response of {experience.num_affect} '
-                          f'({", ".join(experience.names) or experience.affect_kind})')
-            rehearsed = stimuli if args.task == 'emoreg' and args.rehearsal else None
-            results.append(run_stage(args, args.task, target, device, experience, rehearsed))
-    except (DataError, ModelError):
-        if is_primary(args) and not args.resume:
-            remove_empty_run(folder)
-        raise
+    with alone_in(folder) if is_primary(args) else nullcontext():
+        try:
+            if stage_1:
+                say(args, f'experience: none given, so stage 1 runs first, on {stimuli.name}')
+                results.append(run_stage(args, 'affect', stimuli, device))
+                experience = find_experience(str(folder / 'affect'))
+            if args.task != 'affect':
+                if experience is not None:
+                    say(args, f'experience: {experience.source}, affect response of {experience.num_affect} '
+                              f'({", ".join(experience.names) or experience.affect_kind})' + experience.unfinished)
+                rehearsed = stimuli if args.task == 'emoreg' and args.rehearsal else None
+                results.append(run_stage(args, args.task, target, device, experience, rehearsed))
+        except (DataError, ModelError):
+            if is_primary(args) and not args.resume:
+                remove_empty_run(folder)
+            raise
     for result in results:
         say(args, json.dumps(result))
     if args.distributed:
@@ -720,7 +798,7 @@ def last_good(args) -> Path | None:
 def main() -> int:
     args = parse_args()
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: received.append(number))
+        signal.signal(number, lambda number, frame: heed(number, args))
     try:
         run(args)
     except Stop:
@@ -728,15 +806,18 @@ def main() -> int:
             print(f'train.py: stopped. Go on with: {resume_command(args)}', file=sys.stderr)
         return 128 + received[0]
     except FloatingPointError as e:
-        print(f'train.py: {e}. The last good checkpoint is {last_good(args)}. Lower --lr or add --clip-grad 1.',
-              file=sys.stderr)
+        good = last_good(args)
+        if is_primary(args) and not args.resume:
+            remove_empty_run(Path(args.output) / args.experiment)
+        print(f'train.py: {e}. ' + (f'The last good checkpoint is {good}. ' if good else '')
+              + 'Lower --lr or add --clip-grad 1.', file=sys.stderr)
         return 1
     except WriteError as e:
         good = last_good(args)
         then = f' The last good checkpoint is {good}: go on with: {resume_command(args)}' if good else ''
         print(f'train.py: {e}{then}', file=sys.stderr)
         return 2
-    except (DataError, CheckpointError, LaunchError, ModelError, OSError) as e:
+    except (BusyError, DataError, CheckpointError, LaunchError, ModelError, OSError) as e:
         print(f'train.py: {e}', file=sys.stderr)
         return 2
     except RuntimeError as e:

@@ -61,6 +61,13 @@ def test_mean_and_sd():
     assert all(map(math.isnan, mean_sd([])))
 
 
+def test_a_value_that_is_not_finite_is_not_hidden():
+    assert all(map(math.isnan, mean_sd([1.0, math.nan, 2.0])))
+    d = paired_difference([1.0, math.nan], [0.0, 0.5])
+    assert d.n == 2
+    assert all(map(math.isnan, d[1:]))
+
+
 def test_holm_by_hand():
     # sorted: 0.005 * 4, 0.01 * 3, 0.03 * 2, 0.04 * 1, each at least the one before
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])

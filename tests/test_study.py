@@ -225,6 +225,8 @@ def test_time_left_is_that_of_like_runs(run, tmp_path, monkeypatch):
     (('--affect-flags', '--lr 1 --seed 3'), '--seed: is set by the study'),
     (('--train-script', 'nowhere.py'), 'nowhere.py: there is no training script'),
     (('--', '--epochs=3'), '--epochs=3: is set by the study'),
+    (('--', '--rehearsal', '1'), '--rehearsal: is not for every arm, as it needs stimuli. Use the arm'),
+    (('--models', 'emoreg_resnet18.emoji'), 'names a weight, and a study trains its own. Give emoreg_resnet18.'),
 ])
 def test_what_does_not_fit_is_refused(run, tmp_path, argv, message):
     status, _, err = run(*argv)
@@ -265,6 +267,61 @@ def test_a_run_with_other_flags_is_no_run_of_this_study(run, tmp_path):
     assert status == 2
     assert 'test_resnet_cifar10_1000_plain_s0 was begun with the flags "--model test_resnet' in err
     assert '--lr 0.2". Give the same ones, or another --output.' in err
+
+
+def test_runs_that_would_be_compared_have_one_recipe(run, tmp_path):
+    arms = ('--arms', 'plain', 'plain:lr=0.05', 'plain+', 'regulated', '--seeds', 0)
+    assert run(*arms)[0] == 0
+    for change, message in ((('--epochs', 9), 'plain_s1 has the --epochs "9", and test_resnet_cifar10_1000_plain_s0, '
+                                              'which it would be compared with, "3". Give the same ones, or another'),
+                            (('--target-flags', '--lr 0.5'), 'plain_s1 has the flags "--lr 0.5", and '),
+                            (('--affect-epochs', 9), 'plain+_s1 has the --epochs "15", and '),
+                            (('--arms', 'regulated', '--affect-epochs', 9), 'affect_s1 has the flags "--val-interval 9", and ')):
+        status, _, err = run(*arms[:-1], 1, *change)
+        assert (status, message in err) == (2, True), err
+    assert run(*arms[:-1], 1)[0] == 0
+    assert run('--train-images', 2000, '--epochs', 9, '--affect-epochs', 3, *arms)[0] == 0  # of another setting
+
+
+def test_flags_of_a_run_that_never_began_can_be_corrected(run, tmp_path):
+    refuses = tmp_path / 'refuses.py'
+    refuses.write_text("import sys; sys.exit('train.py: error: unrecognized arguments: --lrr')")
+    assert run('--arms', 'plain', '--seeds', 0, own=('--lrr', '0.1'), script=refuses)[0] == 1
+    assert run('--arms', 'plain', '--seeds', 0, own=('--lr', '0.1'))[0] == 0
+
+
+def test_a_damaged_result_is_named(run, tmp_path):
+    assert run('--arms', 'plain', '--seeds', 0)[0] == 0
+    (tmp_path / 's/results.csv').unlink()
+    result = tmp_path / 's/runs/test_resnet_cifar10_1000_plain_s0/plain/result.json'
+    result.write_text('')
+    status, _, err = run('--arms', 'plain', '--seeds', 0)
+    assert (status, f'{result}: is damaged (' in err) == (2, True), err
+
+
+def test_a_stage_1_without_its_checkpoint_is_named(run, tmp_path):
+    assert run('--arms', 'regulated', '--seeds', 0)[0] == 0
+    shutil.rmtree(tmp_path / 's/runs')
+    status, _, err = run('--arms', 'regulated', 'init', '--seeds', 0)
+    assert status == 2
+    assert 'init_s0 needs the stage 1 test_resnet_emoji_affect_s0, which is finished, but ' in err
+    assert 'model_best.pth.tar is gone. Bring it back, or remove its row from stage1.csv and ' in err
+
+
+def test_no_run_is_left_behind_by_an_error(run, tmp_path, monkeypatch):
+    monkeypatch.setenv('FAKE_WAIT', 'test_resnet_emoji_cifar10_1000_random_s0')
+    waiting = tmp_path / 's/runs/test_resnet_emoji_cifar10_1000_random_s0/started'
+
+    def full(*_):
+        while not waiting.exists():
+            pass
+        raise OSError(28, 'No space left on device')
+
+    monkeypatch.setattr(study, 'write_rows', full)
+    status, _, err = run('--arms', 'random', 'plain', '--seeds', 0, '--jobs', 2)
+    assert (status, 'No space left on device' in err) == (2, True)
+    with hold(tmp_path / 's'):  # nobody else has it
+        pass
 
 
 def test_the_real_training_script(run, tmp_path, capsys):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 
 import pytest
 
@@ -100,8 +101,8 @@ def test_stage_1_and_plain_are_shared(grid):
     first = [run for run in runs if run.task == 'affect']
     assert len(first) == 2 * (3 + 4)  # ferplus without content
     assert sum(run.arm == 'plain' for run in runs) == 2 * 2
-    assert sum(run.arm == 'plain+' for run in runs) == 2 * 2 * 2
-    assert len(runs) - len(first) == 2 * 2 * (1 + 8 + 9)
+    assert sum(run.arm == 'plain+' for run in runs) == 2 * (2 * 2 - 1)  # none for all images and emoji, which are few
+    assert len(runs) - len(first) == 2 * 2 * (1 + 8 + 9) - 2
     assert all(run.needs is None or keys.index(run.needs) < keys.index(run.key) for run in runs)
     assert [run.seed for run in runs] == sorted(run.seed for run in runs)
     sharing = {run.arm for run in runs if run.needs == 'resnet10t_emoji_affect.shuffled_s1'}
@@ -131,6 +132,34 @@ def test_sizes_are_those_of_the_sets():
 def test_an_unknown_arm_is_named_with_what_is_near(arm, message):
     with pytest.raises(DataError, match=message):
         parse_arm(arm)
+
+
+@pytest.mark.parametrize(('arm', 'message'), [
+    ('init:shuffled,content', "'init:shuffled,content': shuffled and content decide the same. Give one of them"),
+    ('regulated:learned,gate', 'learned and gate decide the same'),
+    ('regulated:learned,balance=0.2', 'learned and balance=0.2 decide the same'),
+    ('regulated:no-modulation,no-modulation', 'decide the same'),
+    ('plain:rehearsal=1', "'plain:rehearsal=1': rehearsal needs an affect response"),
+])
+def test_options_that_do_not_go_together_are_refused(arm, message):
+    with pytest.raises(StudyError, match=re.escape(message)):
+        parse_arm(arm)
+
+
+def test_a_plain_plus_that_is_plain_is_skipped(grid):
+    runs, notes = grid(arms=['plain', 'plain+'], stimuli=['emoji'], train_images=['20000'])
+    assert [run.arm for run in runs] == ['plain']
+    assert notes == ['plain+: skipped for emoji and 20,000 images of cifar10, as stage 1 sees less than half an epoch '
+                     'of these.']
+
+
+def test_damaged_rows_are_named(tmp_path):
+    path = tmp_path / 'results.csv'
+    for text, message in (('arm,seed\nplain,0\n', 'its first line names no column key'),
+                          ('key,arm\na,plain\nb\n', 'row 3 has not as many cells as the first one')):
+        path.write_text(text)
+        with pytest.raises(StudyError, match=f'results.csv: {message}. Restore it'):
+            study_grid.read_rows(path)
 
 
 def test_an_option_cannot_take_what_the_study_decides():

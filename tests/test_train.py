@@ -1,4 +1,5 @@
 """train.py as a user runs it: settings in, files and one JSON line a stage out."""
+import argparse
 import csv
 import importlib.util
 import json
@@ -106,6 +107,12 @@ def test_choices_of_method_and_recipe_train(run, folder, flags):
     status, results, _ = run('--stimuli', folder, '--dataset', folder, '--epochs', 1, *flags)
     assert status == 0
     assert all(torch.isfinite(torch.tensor(list(r['test'].values()))).all() for r in results)
+
+
+@pytest.mark.parametrize(('model', 'recipe'), [('test_resnet', ('adamw', 1e-3 / 16)), ('test_vit', ('muon', 0.005))])
+def test_stage_1_has_the_optimizer_that_learns(run, folder, model, recipe):
+    _, (result,), _ = run('--task', 'affect', '--stimuli', folder, '--epochs', 1, model=model)
+    assert (result['recipe']['opt'], result['recipe']['lr']) == recipe
 
 
 def test_vit_gets_the_patches_that_fit(run, folder):
@@ -271,6 +278,7 @@ def test_a_refusal_without_words_is_named_by_its_type(run, train, folder, monkey
 
 @pytest.mark.parametrize(('model', 'flags', 'message'), [
     ('test_convnext', ('--start-img-size', 16), '--start-img-size 16: test_convnext takes no images of that size ('),
+    ('test_convnext', ('--img-size', 8), '--img-size 8: test_convnext takes no images of that size ('),
     ('dla46x_c', ('--grad-checkpointing',), '--model dla46x_c cannot be built so: gradient checkpointing not'),
 ])
 def test_what_a_backbone_does_not_take_leaves_no_folder(run, tmp_path, folder, model, flags, message):
@@ -341,12 +349,100 @@ def test_sigterm_leaves_a_checkpoint(tmp_path, folder):
     assert (tmp_path / 'run/plain/last.pth.tar').is_file()
 
 
+def test_a_second_signal_ends_the_process_at_once(train, monkeypatch):
+    raised = []
+    monkeypatch.setattr(train, 'received', [])
+    monkeypatch.setattr(signal, 'signal', lambda number, handler: raised.append((number, handler)))
+    monkeypatch.setattr(signal, 'raise_signal', raised.append)
+    train.heed(signal.SIGINT, argparse.Namespace(distributed=False))
+    assert (train.received, raised) == ([signal.SIGINT], [])
+    train.heed(signal.SIGTERM, argparse.Namespace(distributed=True))  # the launcher's beside the terminal's
+    assert raised == []
+    train.heed(signal.SIGTERM, argparse.Namespace(distributed=False))
+    assert raised == [(signal.SIGTERM, signal.SIG_DFL), signal.SIGTERM]
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(run, tmp_path, folder):
     status, _, err = run('--task', 'plain', '--dataset', folder, '--epochs', 3, '--lr', 1e30, '--warmup-epochs', 0)
     assert status == 1
     assert 'the loss is nan in epoch 1, step' in err
-    assert 'The last good checkpoint is' in err
-    assert 'Lower --lr' in err
+    assert err.endswith('. Lower --lr or add --clip-grad 1.\n')
+    assert 'checkpoint' not in err  # there is none, so the folder's name is free again
+    assert os.listdir(tmp_path) == []
+
+
+def test_weights_that_are_not_finite_are_no_result(run, tmp_path, folder):
+    images = sum(1 for _ in (folder / 'train').rglob('*.png')) if (folder / 'train').is_dir() else 8
+    status, results, err = run('--task', 'plain', '--dataset', folder, '--epochs', 1, '--opt', 'sgd', '--lr', 1e30,
+                               '-b', images, '--warmup-epochs', 0)
+    assert (status, results) == (1, [])
+    assert err == ('train.py: weights or validation loss are not finite after epoch 1. Lower --lr or add --clip-grad '
+                   '1.\n')
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_loss_that_ends_later_names_the_last_good_checkpoint(run, train, tmp_path, folder, monkeypatch):
+    epoch = train.train_epoch
+
+    def diverge(number, *args):
+        if number:
+            raise FloatingPointError('the loss is nan in epoch 2, step 1')
+        return epoch(number, *args)
+
+    monkeypatch.setattr(train, 'train_epoch', diverge)
+    status, _, err = run('--task', 'plain', '--dataset', folder, '--epochs', 3)
+    good = tmp_path / 'run/plain/last.pth.tar'
+    assert (status, good.is_file()) == (1, True)
+    assert f'step 1. The last good checkpoint is {good}. Lower --lr' in err
+
+
+@pytest.mark.parametrize('change', ['a class has another name', 'a picture more', 'stimuli'])
+def test_a_run_does_not_go_on_with_other_data(run, train, tmp_path, folder, monkeypatch, change):
+    own = tmp_path / 'own'
+    shutil.copytree(folder, own)
+    with monkeypatch.context() as stopping:
+        stopping.setattr(train, 'asked_to_stop', lambda args, received: received.append(signal.SIGTERM) or True)
+        rehearsed = ('--stimuli', own, '--rehearsal', 1, '--experience', tmp_path / 'first')
+        if change == 'stimuli':
+            stopping.undo()
+            assert run('--task', 'affect', '--stimuli', own, '--epochs', 1, name='first')[0] == 0
+            stopping.setattr(train, 'asked_to_stop', lambda args, received: received.append(signal.SIGTERM) or True)
+        flags = ('--dataset', folder, *rehearsed) if change == 'stimuli' else ('--dataset', own, '--task', 'plain')
+        assert run(*flags, '--epochs', 2)[0] == 128 + signal.SIGTERM
+    first = sorted(p for p in own.iterdir() if p.is_dir())[0]
+    if change == 'a class has another name':
+        first.rename(own / 'zzz')
+    else:
+        one = next(p for p in first.rglob('*') if p.is_file())
+        shutil.copy(one, one.with_name(f'copy{one.suffix}'))
+    before = sorted((tmp_path / 'run').rglob('*'))
+    status, _, err = run('--resume', tmp_path / 'run')
+    assert (status, 'was trained on other images, labels or parts of ' in err) == (2, True), err
+    assert sorted((tmp_path / 'run').rglob('*')) == before
+
+
+def test_damaged_settings_are_named(run, tmp_path, capsys):
+    (tmp_path / 'run').mkdir()
+    for damaged in ('{"a":', '[]'):
+        (tmp_path / 'run/args.json').write_text(damaged)
+        with pytest.raises(SystemExit):
+            run('--resume', tmp_path / 'run')
+        assert f'--resume {tmp_path / "run/args.json"}: is damaged (' in capsys.readouterr().err
+
+
+def test_two_processes_do_not_train_one_run(run, train, tmp_path, folder, monkeypatch):
+    with monkeypatch.context() as stopping:
+        stopping.setattr(train, 'asked_to_stop', lambda args, received: received.append(signal.SIGTERM) or True)
+        assert run('--task', 'plain', '--dataset', folder, '--epochs', 1)[0] == 128 + signal.SIGTERM
+    with train.alone_in(tmp_path / 'run'):
+        status, _, err = run('--resume', tmp_path / 'run')
+    assert (status, 'run: another process trains this run. Wait for it, or end it.' in err) == (2, True), err
+    assert run('--resume', tmp_path / 'run')[0] == 0
+
+
+def test_an_experiment_may_be_called_anything(run, tmp_path, folder):
+    status = run('--task', 'plain', '--dataset', folder, '--epochs', 1, name='a$_$ {b}')[0]
+    assert (status, (tmp_path / 'a$_$ {b}/plain/curves.png').is_file()) == (0, True)
 
 
 @pytest.mark.parametrize(('argv', 'message'), [
@@ -387,6 +483,18 @@ def test_a_loss_that_is_not_finite_stops_the_run(run, tmp_path, folder):
     (('--balance', 'half'), "--balance half: expected a number in [0, 1], 'learned' or 'gate'"),
     (('--model', 'resnet_18'), '--model resnet_18: unknown'),
     (('--resume', 'nowhere'), 'holds no args.json'),
+    (('--experience', ''), '--experience: is empty. Give a value, or leave it out'),
+    (('--data-dir', ''), '--data-dir: is empty'),
+    (('--model', 'emoreg'), '--model emoreg: wraps a backbone. Give the name of that, such as --model convnext_atto'),
+    (('--seed', '4294967296'), '--seed 4294967296: expected a number below 2147483648'),
+    (('--model-ema-decay', '2'), '--model-ema-decay: expected a number from 0 to below 1, got 2'),
+    (('--model-kwargs', 'drop_rate=0.5'), '--model-kwargs drop_rate=0.5: use --drop instead'),
+    (('--model-kwargs', 'img_size=64'), '--model-kwargs img_size=64: use --img-size instead'),
+    (('--model-kwargs', 'in_chans=1'), '--model-kwargs in_chans=1: all images are trained on as RGB'),
+    (('--model-kwargs', 'x={1,2}'), '--model-kwargs {\'x\': {1, 2}}: cannot be kept with the settings'),
+    (('--opt', 'adamw', '--opt-kwargs', 'weight_decay=0.1'), "--opt-kwargs {'weight_decay': 0.1}: "),
+    (('--opt', 'muon', '--opt-kwargs', 'ns_steps=abc'), "--opt-kwargs {'ns_steps': 'abc'}: "),
+    (('--opt', 'adahessian'), '--opt adahessian, --opt-kwargs {}: '),
 ])
 def test_flags_that_do_not_fit_are_refused(train, monkeypatch, capsys, argv, message):
     monkeypatch.setattr(sys, 'argv', ['train.py', *argv])
@@ -398,11 +506,11 @@ def test_flags_that_do_not_fit_are_refused(train, monkeypatch, capsys, argv, mes
 
 @pytest.mark.parametrize(('flags', 'message'), [
     (('--model-kwargs', 'foo=1'), "--model test_resnet cannot be built so: "),
-    (('--model-kwargs', 'channels=[8,8,8,8]', '--experience', 'emoreg_resnet18.emoji'), 'cannot be built so: '),
     (('--model-kwargs', 'output_stride=7', '--task', 'plain'), 'cannot be built so: AssertionError. Change'),
-    (('--model-kwargs', 'channels=[8,8,8,8]', '--experience', 'emoreg_resnet18.emoji', '--task', 'plain'),
-     'cannot be built so: emoreg_resnet18.emoji: its backbone is of another architecture'),
-    (('--grad-accum-steps', 50, '--task', 'plain'), '--grad-accum-steps 50: an epoch has '),
+    (('--experience', 'emoreg_resnet18.emoji', '--task', 'plain'),
+     'emoreg_resnet18.emoji: is of the backbone resnet18, and this run has test_resnet. Use the same --model'),
+    (('-b', 4, '--grad-accum-steps', 8, '--task', 'plain'), '--batch-size 4: 1 processes with 8 accumulation steps'),
+    (('--grad-accum-steps', 50, '-b', 64, '--task', 'plain'), '--grad-accum-steps 50: an epoch has '),
     (('-b', 5, '--mixup', '0.2', '--experience', 'none'),
      '--batch-size 5 gives 5 a process and accumulation step. Use a number that makes it even'),
     (('--device', 'abacus'), '--device abacus: torch cannot compute there ('),
@@ -474,9 +582,25 @@ def test_the_plain_backbone_can_start_from_stage_1(run, train, tmp_path, folder)
 
 def test_stage_1_of_another_architecture_is_refused(run, tmp_path, folder):
     assert run('--task', 'affect', '--stimuli', folder, '--epochs', 1, name='stage1')[0] == 0
-    status, _, err = run('--task', 'plain', '--experience', tmp_path / 'stage1', '--dataset', folder, model='test_vit')
-    assert status == 2
-    assert 'its backbone is of another architecture or form; the first difference is' in err
+    again = ('--task', 'plain', '--experience', tmp_path / 'stage1', '--dataset', folder)
+    status, _, err = run(*again, model='test_vit')
+    assert (status, 'is of the backbone test_resnet, and this run has test_vit. Use the same' in err) == (2, True), err
+    status, _, err = run(*again, '--model-kwargs', 'channels=[8,8,8,8]')
+    assert (status, 'its backbone is of another architecture or form; the first difference is' in err) == (2, True)
+    status, _, err = run(*again, '--small-image')
+    assert (status, 'was trained with --no-small-image, and this run has --small-image, ' in err) == (2, True), err
+
+
+def test_stage_1_that_was_not_finished_is_said(run, tmp_path, folder, capsys, monkeypatch):
+    assert run('--task', 'affect', '--stimuli', folder, '--epochs', 1, name='stage1')[0] == 0
+    later = ('--task', 'plain', '--experience', tmp_path / 'stage1', '--dataset', folder, '--epochs', 1)
+    said = []
+    monkeypatch.setattr('builtins.print', lambda *text, **_: said.append(text))
+    assert run(*later, name='a')[0] == 0
+    assert 'not finished' not in str(said)
+    (tmp_path / 'stage1/affect/result.json').unlink()
+    assert run(*later, name='b')[0] == 0
+    assert '; its training was not finished, this is epoch 1' in str(said)
 
 
 def test_the_dual_head_without_stage_1(run, folder):

@@ -11,14 +11,14 @@ from torch import Tensor
 from torchvision.transforms.functional import gaussian_blur
 from tqdm import tqdm
 
-from .data import ImageSet
+from .data import DataError, ImageSet
 from .data.loader import make_loader
 from .emoreg import EmoReg
 from .regulation import regulate
 from .trained import Trained
 
-__all__ = ['Answers', 'Changes', 'affect_gradient', 'answer', 'changed_answers', 'class_affect', 'describe_image',
-           'describe_set', 'largest_error', 'top_classes']
+__all__ = ['Answers', 'Changes', 'affect_gradient', 'answer', 'changed_answers', 'check_device', 'class_affect',
+           'describe_image', 'describe_set', 'largest_error', 'top_classes']
 
 BATCH = 64
 TOP = 5  # classes of an image that are told and drawn
@@ -40,7 +40,7 @@ def affect_gradient(model: EmoReg, x: Tensor) -> Tensor:
         parts = [a.amax(dim=1)] if model.affect_kind == 'emotion' else a.unbind(dim=1)
         slope = sum(torch.autograd.grad(part.sum(), x, retain_graph=True)[0].abs() for part in parts).amax(dim=1)
     sigma = max(x.shape[-2:]) / 10
-    slope = gaussian_blur(slope, 2 * int(2 * sigma) + 1, sigma)
+    slope = gaussian_blur(slope, [2 * min(int(2 * sigma), side - 1) + 1 for side in x.shape[:-3:-1]], sigma)
     highest = slope.amax(dim=(1, 2), keepdim=True)
     return slope / highest.masked_fill(highest == 0, 1)
 
@@ -67,6 +67,19 @@ class Answers:
 
     def __len__(self) -> int:
         return len(self.affect)
+
+
+def check_device(device: str) -> None:
+    """Refuse a --device that torch cannot use.
+
+    Raises:
+        DataError: If it is none, or not there.
+    """
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as e:
+        raise DataError(f'--device {device}: torch cannot compute there ({str(e).splitlines()[0]}). Leave it out, or '
+                        'give cpu.') from None
 
 
 def answer(trained: Trained, images: ImageSet, device: torch.device | str = 'cpu', gradient: bool = False,

@@ -431,7 +431,11 @@ def main(argv: list[str] | None = None) -> int:
     for path in (args.timm_train, args.json and args.json.absolute().parent):
         if path is not None and not path.exists():
             parser.error(f'{path}: there is no such file or folder.')
+    if args.json and args.json.is_dir():
+        parser.error(f'--json {args.json}: is a folder. Give the name of a file.')
     args.rounds, args.runs, args.images = (2, 1, 1024) if args.quick else (args.rounds, 3, 8192)
+    if args.device == 'cuda' and not torch.cuda.is_available():
+        parser.error('--device cuda: torch sees no GPU here. Leave it out, or give cpu.')
     args.device = torch.device(args.device)
     args.steps = 10 if args.device.type == 'cuda' else 1
     args.precision = choose_precision(args.device, 'bfloat16')  # once: the two sides must not differ

@@ -84,7 +84,7 @@ def draw_curves(summary: str | Path, picture: str | Path, metric: str, title: st
         one.grid(alpha=0.3)
         if one.get_legend_handles_labels()[1]:  # below, where it hides no curve
             one.legend(fontsize=8, loc='upper center', bbox_to_anchor=(0.5, -0.2), ncols=2)
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(title, fontsize=11, parse_math=False)
     partial = Path(picture).with_suffix('.part')
     figure.savefig(partial, dpi=120, format='png')
     partial.replace(picture)

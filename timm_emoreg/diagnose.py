@@ -21,9 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .answers import Answers, answer
+from .answers import Answers, answer, check_device
 from .checkpoint import CheckpointError
 from .data import DataError, ImageSet, load_stimuli, load_target
+from .data.controls import predict_rotation
 from .experience import find_experience
 from .metrics import EmotionEvaluator, RatingEvaluator
 from .trained import Trained, some, trained_model
@@ -91,6 +92,9 @@ def diagnose(trained: Trained, before: dict[str, Tensor], stimuli: ImageSet, ima
     """
     model = trained.model
     names = images.target.names
+    if not model.num_classes:
+        raise DataError(f'{trained.source} is the result of stage 1 and has no response to images. Give a run of '
+                        '--task emoreg.')
     if len(names) != model.num_classes or (trained.label_names and trained.label_names != names):
         raise DataError(f'the images have {len(names)} classes ({some(names)}), {trained.source} answers with '
                         f'{model.num_classes} others ({some(trained.label_names)}). Give the --dataset of its stage 2.')
@@ -120,7 +124,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('run', help='folder of a run of train.py with --task emoreg, or one of its checkpoints')
     parser.add_argument('--stimuli', required=True, help='of its stage 1: emoji, ferplus, oasis, nemo, a folder or csv')
-    parser.add_argument('--stimuli-labels', help='which labels of them, the default ones if not given')
+    parser.add_argument('--stimuli-labels', help="which labels of them, the default ones if not given, or 'rotation' "
+                                                 'as in train.py')
     parser.add_argument('--rating-columns', nargs='+', help='rating columns of a csv')
     parser.add_argument('--rating-scale', nargs=2, type=float, metavar=('LOW', 'HIGH'), help='scale of these ratings')
     parser.add_argument('--dataset', required=True, help='of its stage 2: cifar10, cifar100, emoji, or a folder')
@@ -129,11 +134,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     args = parser.parse_args(argv)
     try:
+        check_device(args.device)
         experience = find_experience(args.experience)
         trained = trained_model(args.run, args.experience)
         data_dir = args.data_dir or trained.data_dir
         ratings = {name: getattr(args, name) for name in ('rating_columns', 'rating_scale') if getattr(args, name)}
-        stimuli = load_stimuli(args.stimuli, data_dir, args.stimuli_labels, **ratings).validation
+        rotation = args.stimuli_labels == 'rotation'
+        stimuli = load_stimuli(args.stimuli, data_dir, None if rotation else args.stimuli_labels, **ratings)
+        stimuli = (predict_rotation(stimuli, seed=0) if rotation else stimuli).validation
         images = load_target(args.dataset, data_dir).validation
         print(json.dumps(diagnose(trained, experience.state_dict, stimuli, images, args.device)))
     except (DataError, CheckpointError, WeightError, ValueError, OSError) as e:

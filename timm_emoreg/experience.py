@@ -9,7 +9,7 @@ from pathlib import Path
 import timm
 from torch import Tensor, nn
 
-from . import zoo
+from . import BACKBONES, zoo
 from .checkpoint import CheckpointError, load_training_checkpoint
 from .data import DataError, Splits, Target
 from .weights import WeightError
@@ -27,6 +27,9 @@ class Experience:
         affect_kind: ``'emotion'`` or ``'ratings'``.
         num_affect: Number of affect outputs K.
         names: Name of each affect output, empty if unknown.
+        backbone: Name of the backbone that was trained, empty if unknown.
+        small_image: Whether it has its form for small images, None if unknown.
+        unfinished: For the log, if stage 1 was not trained to its end.
     """
 
     source: str
@@ -34,6 +37,24 @@ class Experience:
     affect_kind: str
     num_affect: int
     names: tuple[str, ...] = ()
+    backbone: str = ''
+    small_image: bool | None = None
+    unfinished: str = ''
+
+    def check_form(self, backbone: str, small_image: bool) -> None:
+        """Refuse another backbone or form than that of stage 1: strides and normalisation are in no tensor.
+
+        Raises:
+            CheckpointError: If they differ; what is not known is not compared.
+        """
+        name, own = backbone.partition('.')[0], self.backbone.partition('.')[0]  # a tag names weights only
+        if own and own != name:
+            raise CheckpointError(f'{self.source}: is of the backbone {own}, and this run has {name}. Use the same '
+                                  '--model in both stages.')
+        if self.small_image not in (None, small_image):
+            forms = [f'--{"" if small else "no-"}small-image' for small in (self.small_image, small_image)]
+            raise CheckpointError(f'{self.source}: was trained with {forms[0]}, and this run has {forms[1]}, given or '
+                                  'by the size of its images. Give the same one in both stages.')
 
     def check_stimuli(self, stimuli: Splits) -> None:
         """Refuse to rehearse stimuli that the affect response does not answer.
@@ -56,8 +77,13 @@ def _from_checkpoint(path: Path) -> Experience:
         raise CheckpointError(f"{path}: was not written by stage 1 (--task affect). Give stage 1's model_best.pth.tar.")
     names = tuple(task['names'])
     kind = 'ratings' if task['target_kind'] == 'ratings' else 'emotion'
+    args = checkpoint.get('args')
+    unfinished = ''
+    if (path.parents[1] / 'args.json').is_file() and not (path.parent / 'result.json').is_file():
+        unfinished = f'; its training was not finished, this is epoch {checkpoint["epoch"] + 1}'
     # the averaged weights are the ones that stage 1 judged and kept
-    return Experience(str(path), checkpoint.get('state_dict_ema') or checkpoint['state_dict'], kind, len(names), names)
+    return Experience(str(path), checkpoint.get('state_dict_ema') or checkpoint['state_dict'], kind, len(names), names,
+                      getattr(args, 'backbone', ''), getattr(args, 'small_image', None), unfinished)
 
 
 def find_experience(where: str) -> Experience:
@@ -85,7 +111,8 @@ def find_experience(where: str) -> Experience:
             model = timm.create_model(where, pretrained=True)
         except WeightError as e:
             raise CheckpointError(f'--experience {e}') from e
-        return Experience(where, model.state_dict(), model.affect_kind, model.num_affect, weight.affect_names)
+        return Experience(where, model.state_dict(), model.affect_kind, model.num_affect, weight.affect_names,
+                          BACKBONES[weight.architecture], bool(weight.model_args.get('small_image')))
     known = ', '.join(name for name, weight in zoo.WEIGHTS.items() if weight.target is None and weight.available)
     what = 'the result of stage 2, which knows its target already; give one of' if weight else (
         'neither a file, nor a folder, nor a released weight of')

@@ -20,11 +20,13 @@ RESPONSES = {'non_emotional': ('z, non-emotional', '#56B4E9'), 'emotional': ("z'
              'regulated': ('y, regulated', '#000000')}
 ROW, HEAD, FOOT = 1.9, 0.85, 0.45  # inches
 DPI = 110
+MOST_EMOTIONS = 12  # of an image, or their texts run into each other
 
 
 def short(name: str, length: int) -> str:
-    """A name for a picture: at most `length` characters, its middle left out, no line breaks and no formulas."""
-    name = ' '.join(name.split())
+    """A name for a picture: at most `length` characters, its middle left out, no line breaks and no formulas; bytes of
+    a file name that are no text become question marks."""
+    name = ' '.join(name.encode('utf-8', 'replace').decode().split())
     if len(name) > length:
         tail = length // 3
         name = f'{name[:length - tail - 1]}…{name[-tail:]}'
@@ -49,7 +51,10 @@ def bare(axis) -> None:
 
 
 def _emotions(axis, names: Sequence[str], state: Tensor) -> None:
-    values = state.tolist()
+    strongest = sorted(state.topk(min(len(names), MOST_EMOTIONS)).indices.tolist())
+    if len(strongest) < len(names):
+        axis.set_xlabel(f'the strongest {len(strongest)} of {len(names)}', fontsize=8, labelpad=1)
+    names, values = [names[i] for i in strongest], state[strongest].tolist()
     at = range(len(names))
     axis.barh(at, values, color=[VERMILLION if v == max(values) else BLUE for v in values], height=0.7)
     for y, v in zip(at, values, strict=True):
@@ -103,7 +108,7 @@ def _responses(axis, trained: Trained, answers: Answers, i: int, highest: float)
     for k, (field, (_, colour)) in enumerate(RESPONSES.items()):
         axis.barh([c + 0.27 * (k - 1) for c in range(len(classes))], p[field], height=0.25, color=colour)
     for c, (v, most) in enumerate(zip(p['regulated'], map(max, zip(*p.values(), strict=True)), strict=True)):
-        axis.text(most + 0.02 * highest, c, f'{v:.2f}' if highest > 0.1 else f'{v:.3f}', va='center', fontsize=7)
+        axis.text(most + 0.02 * highest, c, f'y {v:.2f}' if highest > 0.1 else f'y {v:.3f}', va='center', fontsize=7)
     axis.set_yticks(range(len(classes)), [short(trained.label(c), 20) for c in classes], fontsize=8)
     axis.set_ylim(len(classes) - 0.5, -0.5)
     axis.set_xlim(0, 1.18 * highest)

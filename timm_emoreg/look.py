@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from .answers import answer, describe_image, describe_set
+from .answers import answer, check_device, describe_image, describe_set
 from .checkpoint import CheckpointError
 from .data import DataError, ImageSet, Target, load_target
 from .data.sets import read_picture
@@ -64,11 +64,7 @@ def _check(args: argparse.Namespace) -> None:
         raise DataError(f'-o {args.output}: the picture is a PNG. Give a name that ends with .png.')
     if not args.output.parent.is_dir():
         raise DataError(f'-o {args.output}: there is no folder {args.output.parent}. Make it, or choose another.')
-    try:
-        torch.zeros(1, device=args.device)
-    except (RuntimeError, AssertionError) as e:
-        raise DataError(f'--device {args.device}: torch cannot compute there ({str(e).splitlines()[0]}). '
-                        'Leave it out, or give cpu.') from None
+    check_device(args.device)
     for path in args.images:
         if not path.is_file():
             raise DataError(f'{path}: there is no such image. Correct the path.')
@@ -89,7 +85,8 @@ def _look_at_images(args: argparse.Namespace, trained: Trained, pictures: list) 
     answers, slopes = answer(trained, images, args.device, gradient=True)
     draw_images(trained, [path.name for path in args.images], pictures, answers, slopes, args.output)
     for i, path in enumerate(args.images):
-        print(json.dumps({'image': str(path), **describe_image(trained, answers, i)}, ensure_ascii=False))
+        name = str(path).encode('utf-8', 'replace').decode()  # which may hold bytes that are no text
+        print(json.dumps({'image': name, **describe_image(trained, answers, i)}, ensure_ascii=False))
 
 
 def _look_at_set(args: argparse.Namespace, trained: Trained) -> None:

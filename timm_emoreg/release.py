@@ -39,7 +39,7 @@ MACHINE = ('output', 'experiment', 'resume', 'data_dir', 'device', 'workers', 'l
 OF_STAGE_1 = ('stimuli', 'stimuli_labels', 'shuffle_stimuli_labels', 'rating_columns', 'rating_scale', 'affect_epochs')
 OF_REGULATION = ('balance', 'balanced_in', 'modulation', 'separate_experience', 'keep_affect', 'rehearsal',
                  'affect_lr_scale')
-OF_STAGE_2 = ('dataset', *OF_REGULATION, 'mixup', 'cutmix')
+OF_STAGE_2 = ('dataset', 'train_images', *OF_REGULATION, 'mixup', 'cutmix')
 NOT_OF_PLAIN = ('task', 'experience', *OF_STAGE_1, *OF_REGULATION)
 
 

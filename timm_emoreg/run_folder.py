@@ -1,19 +1,42 @@
 """Writing into the output folder of a run: as a whole or not at all, and with one kind of error."""
 from __future__ import annotations
 
+import fcntl
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from timm.utils.summary import trim_summary
 
-__all__ = ['WriteError', 'chosen_once', 'remove_empty_run', 'trim', 'write_file', 'writing']
+__all__ = ['BusyError', 'WriteError', 'alone_in', 'chosen_once', 'remove_empty_run', 'trim', 'write_file', 'writing']
 
 
 class WriteError(OSError):
     """The output folder takes no file."""
+
+
+class BusyError(RuntimeError):
+    """Another process works in the output folder."""
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Keep other processes out of a run's folder, by a lock on its settings that ends with the process.
+
+    Raises:
+        BusyError: If another process is at work there.
+        WriteError: If the settings cannot be opened for writing.
+    """
+    with ExitStack() as stack:
+        with writing(folder):
+            file = stack.enter_context(open(folder / 'args.json', 'r+'))
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BusyError(f'{folder}: another process trains this run. Wait for it, or end it.') from None
+        yield
 
 
 @contextmanager

@@ -25,7 +25,9 @@ class Difference(NamedTuple):
 
 
 def mean_sd(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and sample standard deviation (divisor n - 1); NaN where there are too few values."""
+    """Mean and sample standard deviation (divisor n - 1); NaN where there are too few values, or one is NaN."""
+    if not all(map(math.isfinite, values)):
+        return math.nan, math.nan
     mean = statistics.mean(values) if values else math.nan
     return mean, statistics.stdev(values) if len(values) > 1 else math.nan
 
@@ -53,7 +55,7 @@ def paired_difference(ours: Sequence[float], theirs: Sequence[float], confidence
     """
     differences = [a - b for a, b in zip(ours, theirs, strict=True)]
     n, (mean, sd) = len(differences), mean_sd(differences)
-    if n < 2:
+    if n < 2 or math.isnan(mean):
         return Difference(n, mean, sd, math.nan, math.nan, math.nan)
     if sd <= 1e-12 * max(map(abs, (*ours, *theirs))):  # all equal, but for the rounding of each subtraction
         return Difference(n, mean, 0.0, mean, mean, math.nan)

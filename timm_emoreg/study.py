@@ -43,7 +43,7 @@ import timm_emoreg
 
 from .data import STIMULI, TARGETS, DataError, stimuli_parts
 from .data.choices import unknown_choice
-from .study_grid import ARMS, COLUMNS, RESERVED, Run, StudyError, images_seen, plan, read_rows, write_rows
+from .study_grid import ARMS, COLUMNS, RESERVED, Run, StudyError, images_seen, plan, read_rows, recipe, write_rows
 from .study_plots import draw_forest, draw_learning_curves
 from .study_table import make_table, read_settings, write_table
 
@@ -71,6 +71,14 @@ def hold(folder: Path) -> Iterator[int]:
         file.write(str(os.getpid()))
         file.flush()
         yield file.fileno()
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as e:
+        raise StudyError(f'{path}: is damaged ({e}). Remove it; if it is a result.json, its run goes on from its last '
+                         'checkpoint.') from None
 
 
 def _hours(seconds: float) -> str:
@@ -102,9 +110,10 @@ class Study:
         self.signals: list[int] = []
 
     def _recorded(self, run: Run) -> dict:
-        """What an earlier call wrote about the run when it started it."""
+        """What an earlier call wrote about the run when it started it; nothing if it never began to train."""
         path = self.folder / 'runs' / f'{run.key}.json'
-        return json.loads(path.read_text()) if path.is_file() else {}
+        begun = (path.with_suffix('') / 'args.json').is_file()
+        return _read_json(path) if begun and path.is_file() else {}
 
     def _record(self, run: Run) -> None:
         path = self.folder / 'runs' / f'{run.key}.json'
@@ -118,8 +127,9 @@ class Study:
     def is_finished(self, run: Run) -> bool:
         return self._result(run).is_file() or any(row['key'] == run.key for rows in self.rows.values() for row in rows)
 
-    def check(self, runs: Iterable[Run]) -> None:
-        """Refuse runs that were made, or begun, with other flags.
+    def check(self, runs: Sequence[Run]) -> None:
+        """Refuse runs that were made, or begun, with other flags, and those of another recipe than the finished ones
+        that they would be compared with.
 
         Raises:
             StudyError: If there is one.
@@ -131,12 +141,37 @@ class Study:
             if flags not in (None, shlex.join(run.flags)):
                 raise StudyError(f'{run.key} was begun with the flags "{flags}", and now they are '
                                  f'"{shlex.join(run.flags)}". Give the same ones, or another --output.')
+        self._check_recipes(runs)
+
+    def _check_recipes(self, runs: Sequence[Run]) -> None:
+        found: dict[tuple, tuple[str, object]] = {}  # what must be common -> the run that had it first, and its value
+
+        def agree(key: str, arm: str, place: tuple[str, ...], stimuli: str, flags: Sequence[str]) -> None:
+            epochs, common = recipe(flags, arm)
+            # plain+ is longer, and by how much is a matter of the stimuli
+            longer = ('plain+', stimuli) if arm.partition(':')[0] == 'plain+' else ()
+            for what, value in ((('flags', *place), shlex.join(common)), (('--epochs', *place, *longer), epochs)):
+                first, before = found.setdefault(what, (key, value))
+                if value != before:
+                    raise StudyError(f'{key} has the {what[0]} "{value}", and {first}, which it would be compared '
+                                     f'with, "{before}". Give the same ones, or another --output; what is to differ '
+                                     'is an option of an arm (plain:lr=0.05).')
+
+        for rows in self.rows.values():
+            for row in rows:
+                first = row['arm'].startswith('affect')
+                place = ('stage 1', row['model'], row['stimuli']) if first else (
+                    row['model'], row['target'], row['train_images'])
+                agree(row['key'], row['arm'], place, row['stimuli'], shlex.split(row['flags']))
+        for run in runs:
+            place = ('stage 1', run.model, run.stimuli) if run.task == 'affect' else (
+                run.model, run.target, run.train_images)
+            agree(run.key, run.arm, place, run.stimuli, run.flags)
 
     def _take(self, run: Run) -> dict:
         """A finished run's row, written to the csv, and its checkpoints removed."""
         path = self._result(run)
-        result = json.loads(path.read_text())
-        settings = json.loads((path.parents[1] / 'args.json').read_text())
+        result, settings = _read_json(path), _read_json(path.parents[1] / 'args.json')
         row = {
             'key': run.key, 'arm': run.arm, 'model': run.model, 'stimuli': run.stimuli, 'target': run.target,
             'train_images': run.train_images, 'images': result['train_images'], 'seed': run.seed,
@@ -218,49 +253,63 @@ class Study:
             if run.key not in known and self._result(run).is_file():
                 self._take(run)
         waiting = [run for run in runs if not self.is_finished(run)]
-        needed = {run.needs for run in waiting}
+        needed = {run.needs: run for run in waiting if run.needs}
         waiting = [run for run in waiting if run.task != 'affect' or run.key in needed]
+        for run in runs:
+            checkpoint = self._result(run).with_name('model_best.pth.tar')
+            if run.key in needed and self.is_finished(run) and not checkpoint.is_file():
+                raise StudyError(f'{needed[run.key].key} needs the stage 1 {run.key}, which is finished, but '
+                                 f'{checkpoint} is gone. Bring it back, or remove its row from stage1.csv and '
+                                 f'{self._result(run).parents[1]}, so that it is trained again.')
         done = {run.key for run in runs if self.is_finished(run)}
         total, count = len(waiting), 0
         print(f'{total} runs to do, {len(done)} finished before; {self.jobs} at a time', flush=True)
         running: dict[int, tuple[Run, subprocess.Popen, float]] = {}
         failed: dict[str, str] = {}
         stopped = 0
-        while running or (waiting and not self.signals):
-            for slot in range(self.jobs):
-                run = next((r for r in waiting if r.needs is None or r.needs in done), None)
-                if slot not in running and run is not None and not self.signals:
-                    waiting.remove(run)
-                    running[slot] = run, self._start(run, slot, lock), time.monotonic()
-            if len(self.signals) > stopped:
-                stopped = len(self.signals)
-                print('stopping: the runs write a checkpoint first' if stopped == 1 else 'killing the runs', flush=True)
-                for _, process, _ in running.values():
-                    process.terminate() if stopped == 1 else process.kill()
-            time.sleep(0.05)
-            for slot, (run, process, _) in list(running.items()):
-                if process.poll() is None:
-                    continue
-                del running[slot]
-                log = self.folder / 'logs' / f'{run.key}.log'
-                if process.returncode == 0 and self._result(run).is_file():
-                    row = self._take(run)
-                    done.add(run.key)
-                    outcome = f'{row["metric"]} {row["test"]:.4g}, {row["seconds"]:.0f} s'
-                else:
-                    if self.signals:
+        try:
+            while running or (waiting and not self.signals):
+                for slot in range(self.jobs):
+                    run = next((r for r in waiting if r.needs is None or r.needs in done), None)
+                    if slot not in running and run is not None and not self.signals:
+                        waiting.remove(run)
+                        running[slot] = run, self._start(run, slot, lock), time.monotonic()
+                if len(self.signals) > stopped:
+                    stopped += 1  # one a turn: two that come together are no sign of impatience
+                    print('stopping: the runs write a checkpoint first' if stopped == 1 else 'killing the runs',
+                          flush=True)
+                    for _, process, _ in running.values():
+                        process.terminate() if stopped == 1 else process.kill()
+                time.sleep(0.05)
+                for slot, (run, process, _) in list(running.items()):
+                    if process.poll() is None:
                         continue
-                    reason = log.read_text(errors='replace').strip().splitlines()[-1]
-                    failed[run.key] = f'exit status {process.returncode}: {reason[:300]}\n    {log}'
-                    lost = [r for r in waiting if r.needs == run.key]
-                    failed |= {r.key: f'not run, as its stage 1 failed, {run.key}' for r in lost}
-                    waiting = [r for r in waiting if r not in lost]
-                    count += len(lost)
-                    outcome = f'failed, {log}'
-                count += 1
-                left = self.seconds_left(waiting, [(r, time.monotonic() - b) for r, _, b in running.values()])
-                rest = '' if left is None or count == total else f'; about {_hours(left)} left'
-                print(f'[{count}/{total}] {run.key}: {outcome}{rest}', flush=True)
+                    del running[slot]
+                    log = self.folder / 'logs' / f'{run.key}.log'
+                    if process.returncode == 0 and self._result(run).is_file():
+                        row = self._take(run)
+                        done.add(run.key)
+                        outcome = f'{row["metric"]} {row["test"]:.4g}, {row["seconds"]:.0f} s'
+                    else:
+                        if self.signals:
+                            continue
+                        reason = log.read_text(errors='replace').strip().splitlines()[-1]
+                        failed[run.key] = f'exit status {process.returncode}: {reason[:300]}\n    {log}'
+                        lost = [r for r in waiting if r.needs == run.key]
+                        failed |= {r.key: f'not run, as its stage 1 failed, {run.key}' for r in lost}
+                        waiting = [r for r in waiting if r not in lost]
+                        count += len(lost)
+                        outcome = f'failed, {log}'
+                    count += 1
+                    left = self.seconds_left(waiting, [(r, time.monotonic() - b) for r, _, b in running.values()])
+                    rest = '' if left is None or count == total else f'; about {_hours(left)} left'
+                    print(f'[{count}/{total}] {run.key}: {outcome}{rest}', flush=True)
+        except BaseException:  # a full disk, say: no run is left behind that nobody waits for
+            for _, process, _ in running.values():
+                process.terminate()
+            for _, process, _ in running.values():
+                process.wait()
+            raise
         if self.signals:
             print(f'stopped with {total - count} runs to do. The same command goes on.', flush=True)
             return 128 + self.signals[0]
@@ -308,12 +357,15 @@ def _parser() -> argparse.ArgumentParser:
 
 def _check(args: argparse.Namespace) -> None:
     for model in args.models:
-        if not timm.is_model(model.split('.')[0]):
+        name, dot, _ = model.partition('.')
+        if dot and name in timm_emoreg.BACKBONES:
+            raise StudyError(f'--models {model}: names a weight, and a study trains its own. Give {name}.')
+        if not timm.is_model(name):
             raise unknown_choice('', 'model', model, timm.list_models('emoreg*'), 'Or give any of timm.list_models().')
     stimuli = [part for name in args.stimuli for part in stimuli_parts(name)]
     for what, names, known in (('stimuli', stimuli, STIMULI), ('target', args.targets, TARGETS)):
         for name in names:
-            if name not in known and not os.path.isdir(name):
+            if name not in known and not os.path.isdir(os.path.expanduser(name)):
                 raise unknown_choice('', what, name, known, 'Or give a folder with a subfolder per class.')
     for images in args.train_images:
         if images != 'all' and not (images.isdecimal() and int(images) > 0):
@@ -322,8 +374,12 @@ def _check(args: argparse.Namespace) -> None:
         if getattr(args, name) < 1:
             raise StudyError(f'--{name.replace("_", "-")} {getattr(args, name)}: expected 1 or more.')
     for flag in (*args.flags, *args.affect_flags, *args.target_flags):
-        if flag.startswith('--') and flag[2:].split('=')[0] in RESERVED:
+        name = flag[2:].split('=')[0] if flag.startswith('--') else ''
+        if name in RESERVED:
             raise StudyError(f"{flag}: is set by the study. Use the study's own option for that.")
+        if name == 'rehearsal':
+            raise StudyError(f'{flag}: is not for every arm, as it needs stimuli. Use the arm regulated:rehearsal=1, '
+                             'and its controls.')
     if not args.train_script.is_file():
         raise StudyError(f'{args.train_script}: there is no training script. Give the path of the '
                          "repository's train.py with --train-script.")

@@ -13,7 +13,7 @@ from .data import load_stimuli, load_target, stimuli_parts
 from .data.choices import unknown_choice
 
 __all__ = ['ARMS', 'COLUMNS', 'RESERVED', 'Arm', 'Run', 'StudyError', 'images_seen', 'parse_arm', 'plan', 'read_rows',
-           'short_name', 'write_rows']
+           'recipe', 'short_name', 'write_rows']
 
 
 class StudyError(ValueError):
@@ -82,18 +82,27 @@ def parse_arm(name: str) -> Arm:
     task, labels = ARMS[base]
     known = [*(METHOD if task == 'emoreg' else LABELS if base == 'init' else ()), 'name=value']
     flags: list[str] = []
+    decides: dict[str, str] = {}  # what was decided by which option
     for option in options.split(',') if ':' in name else ():
         flag, equals, value = option.partition('=')
         if equals and flag and value:
             if flag in RESERVED:
                 raise StudyError(f'arm {name!r}: --{flag} is set by the study. Use its own option for that.')
-            flags += [f'--{flag}', value]
+            if flag == 'rehearsal' and task == 'plain':
+                raise StudyError(f'arm {name!r}: rehearsal needs an affect response, which the arms with the dual head '
+                                 'have. Use regulated:rehearsal=1, or its controls.')
+            given = (f'--{flag}', value)
         elif option in METHOD and task == 'emoreg':
-            flags += METHOD[option]
+            given = METHOD[option]
         elif option in LABELS and base == 'init':
-            labels = option
+            given, labels = ('labels',), option
         else:
             raise unknown_choice(f'arm {name!r}', 'option', option, known)
+        what = given[0].replace('--no-', '--')
+        if what in decides:
+            raise StudyError(f'arm {name!r}: {decides[what]} and {option} decide the same. Give one of them.')
+        decides[what] = option
+        flags += given if what != 'labels' else ()
     return Arm(name, base, task, labels, tuple(flags))
 
 
@@ -197,7 +206,12 @@ def plan(args: argparse.Namespace) -> tuple[list[Run], list[str]]:
         epochs, flags = args.epochs, ()
         if arm.base == 'plain+':
             number = target_images(target, args.data_dir) if images == 'all' else int(images)
-            epochs += round(args.affect_epochs * stimuli_images(stimuli, args.data_dir) / number)
+            longer = round(args.affect_epochs * stimuli_images(stimuli, args.data_dir) / number)
+            if not longer:
+                notes[f'{arm.name}: skipped for {stimuli} and {number:,} images of {target}, as stage 1 sees less than '
+                      'half an epoch of these.'] = None
+                continue
+            epochs += longer
         elif arm.base == 'random':
             flags = ('--experience', 'none', *shown(stimuli, None))
         elif '--rehearsal' in arm.flags:
@@ -212,6 +226,19 @@ def plan(args: argparse.Namespace) -> tuple[list[Run], list[str]]:
     return list(runs.values()), list(notes)
 
 
+def recipe(flags: Sequence[str], arm: str) -> tuple[str, tuple[str, ...]]:
+    """Epochs and flags of a run but for those that make its arm: what the runs of a setting must have in common.
+
+    Args:
+        flags: Of train.py, as `plan` puts them together.
+        arm: Name of the arm, or of the labels of stage 1, as in `Run`.
+    """
+    at = list(flags).index('--epochs')
+    common = tuple(flags[at + 2:])
+    own = () if arm.startswith('affect') else parse_arm(arm).flags
+    return flags[at + 1], common[:len(common) - len(own)] if own and common[-len(own):] == own else common
+
+
 # -- files -------------------------------------------------------------------------------------------------------------
 
 COLUMNS = ('key', 'arm', 'model', 'stimuli', 'target', 'train_images', 'images', 'seed', 'epochs', 'best_epoch',
@@ -219,11 +246,23 @@ COLUMNS = ('key', 'arm', 'model', 'stimuli', 'target', 'train_images', 'images',
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """The rows of a csv, none if there is no such file."""
+    """The rows of a csv, none if there is no such file.
+
+    Raises:
+        StudyError: If a row has not as many cells as the header, or that of a study's csv names no key.
+    """
     if not path.is_file():
         return []
     with open(path, newline='') as file:
-        return list(csv.DictReader(file))
+        reader = csv.DictReader(file)
+        rows = list(reader)
+    again = 'Restore it, or remove it: a finished run whose folder is there gets its row again.'
+    if rows and path.name in ('results.csv', 'stage1.csv') and 'key' not in rows[0]:
+        raise StudyError(f'{path}: its first line names no column key. {again}')
+    for number, row in enumerate(rows, start=2):
+        if None in row or None in row.values():
+            raise StudyError(f'{path}: row {number} has not as many cells as the first one. {again}')
+    return rows
 
 
 def write_rows(path: Path, rows: Iterable[dict], columns: Sequence[str]) -> None:

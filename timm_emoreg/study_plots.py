@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
+from .image_picture import short
 from .study_grid import ARMS, read_rows
 from .study_table import Setting, compare, controls
 
@@ -57,7 +58,7 @@ def draw_forest(folder: Path, settings: Sequence[Setting], picture: Path) -> Non
         for title, group in groups:
             if not group:
                 continue
-            labels.append((y, title, True))
+            labels.append((y, short(title, 40), True))
             for c in group:
                 y += 1
                 d, versus_plain = c.difference, c.versus == 'plain'
@@ -68,7 +69,7 @@ def draw_forest(folder: Path, settings: Sequence[Setting], picture: Path) -> Non
                     axis.plot([d.low, d.high], [y, y], '-', color=colour, linewidth=2.2, zorder=3)
                 axis.plot(d.mean, y, marker, markersize=8, color=colour, markeredgecolor='black', markeredgewidth=0.7,
                           markerfacecolor=colour if d.n > 1 else 'white', zorder=4)
-                labels.append((y, f'{name} ({d.n})', False))
+                labels.append((y, f'{short(name, 32)} ({d.n})', False))
             y += 1.4
         axis.axvline(0, color='black', linewidth=0.9, zorder=1)
         axis.set_yticks([y for y, _, _ in labels], [text for _, text, _ in labels])
@@ -76,9 +77,9 @@ def draw_forest(folder: Path, settings: Sequence[Setting], picture: Path) -> Non
             tick.set_fontweight('bold' if heading else 'normal')
         for mark, (_, _, heading) in zip(axis.yaxis.get_ticklines()[::2], labels, strict=True):
             mark.set_visible(not heading)
-        axis.set_ylim(y - 0.6, -0.6)
+        axis.set_ylim(max(y, 1) - 0.6, -0.6)
         axis.grid(axis='x', alpha=0.3)
-        axis.set_title(setting.title, fontsize=10)
+        axis.set_title(setting.heading, fontsize=10)
         axis.set_xlabel('difference of test top1 in points')
     low, high = min(axis.get_xlim()[0] for axis in axes), max(axis.get_xlim()[1] for axis in axes)
     for axis in axes:
@@ -129,7 +130,7 @@ def draw_learning_curves(folder: Path, settings: Sequence[Setting], picture: Pat
         lines.sort(key=lambda entry: -entry[0])
         axis.legend([line for _, line, _ in lines], [text for _, _, text in lines], loc='lower right', fontsize=9,
                     title='arm (seeds): at the end', title_fontsize=9)
-        axis.set_title(setting.title, fontsize=10)
+        axis.set_title(setting.heading, fontsize=10)
         axis.set_xlabel('epoch')
         axis.set_ylabel('validation top1')
         axis.grid(alpha=0.3)

@@ -12,6 +12,7 @@ import numpy as np
 from .data import load_target
 from .data.controls import fewer_images
 from .data.duplicates import NEAR, copies
+from .image_picture import short
 from .statistics import Difference, holm, mcnemar, mean_sd, paired_difference
 from .study_grid import ARMS, StudyError, read_rows, short_name, write_rows
 
@@ -32,6 +33,12 @@ class Setting(NamedTuple):
         images = 'all' if self.train_images == 'all' else f'{int(self.train_images):,}'
         stimuli = f'{short_name(self.stimuli)} → ' if self.stimuli else ''
         return f'{self.model}: {stimuli}{Path(self.target).name}, {images} training images'
+
+    @property
+    def heading(self) -> str:
+        """The title for a picture: on two lines, and no longer than a panel is wide."""
+        model, what = self.title.split(': ', 1)
+        return f'{short(model, 60)}\n{short(what, 70)}'
 
 
 def _order(arm: str) -> tuple:
@@ -169,15 +176,22 @@ def _markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return '\n'.join(f'| {" | ".join(line)} |' for line in lines) + '\n'
 
 
+def _images(c: Comparison) -> str:
+    if not c.pairs:
+        return 'n/a'
+    return f'{c.won} : {c.lost}' + (f' ({len(c.pairs)} seeds)' if len(c.pairs) < c.difference.n else '')
+
+
 def _column(rows: dict[int, dict[str, str]], name: str) -> list[float]:
     return [float(row[name]) for row in rows.values()]
 
 
 NOTES = '''Test accuracy in percent, of the epoch that the validation part chose. ± is the sd over seeds. Differences
 are paired by seed (same split, order and initial weights of backbone and non-emotional head), in points, with the 95 %
-interval and p of Student's paired t test. Holm: p corrected for all comparisons of that arm in its table. Images: test
-images that only the arm has right : only the control, over all seeds, and McNemar's exact test on these sums. The
-images are the same ones for each seed, so their number is overstated and that p is optimistic.
+interval and p of Student's paired t test, and (n) where not every seed has its pair. Holm: p corrected for all
+comparisons of that arm in its table. Images: test images that only the arm has right : only the control, over all seeds
+or as many as left predictions, and McNemar's exact test on these sums. The images are the same ones for each seed, so
+their number is overstated and that p is optimistic.
 '''
 
 
@@ -209,7 +223,7 @@ def _duplicates(folder: Path, settings: Sequence[Setting], data_dir: str | None)
     parts = [f'## Test images with a copy among the training images\n\nNear: all three colours of all 8x8 cells '
              f'differ by at most {NEAR:g} grey levels from a training image, root mean square; exact copies are near. '
              'Mirrored and shifted copies are not found: ciFAIR, made by eye, lists more. The last column is the '
-             'accuracy without near ones.\n']
+             'accuracy without near ones, and the one before it of the same runs.\n']
     found: dict[tuple, tuple[np.ndarray, np.ndarray]] = {}
     rows = []
     for setting in settings:
@@ -219,7 +233,7 @@ def _duplicates(folder: Path, settings: Sequence[Setting], data_dir: str | None)
             continue
         labels = splits.test.targets.tolist()
         for arm, runs in setting.arms.items():
-            counts, kept = [], []
+            counts, tests, kept = [], [], []
             for seed, row in runs.items():
                 place = setting.target, setting.train_images, None if setting.train_images == 'all' else seed
                 if place not in found:
@@ -231,8 +245,9 @@ def _duplicates(folder: Path, settings: Sequence[Setting], data_dir: str | None)
                 if predictions is not None and [target for target, _ in predictions] == labels:
                     right = np.array([target == prediction for target, prediction in predictions])
                     kept.append(100 * float(right[~near].mean()))
+                    tests.append(float(row['test']))
             rows.append((setting.title, arm, *(_number(statistics.mean(c), 1) for c in zip(*counts, strict=True)),
-                         _spread(_column(runs, 'test')), _spread(kept)))
+                         _spread(tests), _spread(kept)))
     parts.append(_markdown(('setting', 'arm', 'exact', 'near', 'test top1', 'without near'), rows))
     return '\n'.join(parts)
 
@@ -274,7 +289,8 @@ def _setting_table(folder: Path, setting: Setting) -> tuple[str, list[dict]]:
         versus = ('', '')
         if arm != 'plain' and 'plain' in setting.arms:
             difference = compare(folder, setting, arm, 'plain').difference
-            versus = (_interval(difference), _p(difference.p)) if difference.n else ('no common seed', 'n/a')
+            pairs = f' ({difference.n})' if difference.n < len(test) else ''
+            versus = (_interval(difference) + pairs, _p(difference.p)) if difference.n else ('no common seed', 'n/a')
         lines.append((arm, str(len(test)), _spread(test), _spread(validation), *versus, f'{seconds:,.0f}'))
     text.append(_markdown(('arm', 'n', 'test top1', 'validation', 'minus plain', 'p', 'median s'), lines))
 
@@ -287,7 +303,7 @@ def _setting_table(folder: Path, setting: Setting) -> tuple[str, list[dict]]:
             text.append(_markdown(
                 (f'{arm} minus', 'n', 'difference', 'p', 'Holm p', 'images', 'McNemar p'),
                 [(c.versus, str(c.difference.n), _interval(c.difference), _p(c.difference.p), _p(p),
-                  f'{c.won} : {c.lost}' if c.pairs else 'n/a', _p(c.mcnemar_p)) for c, p in compared]))
+                  _images(c), _p(c.mcnemar_p)) for c, p in compared]))
         elif arm != 'plain' and 'plain' in setting.arms:  # its difference to plain, in no family
             compared = [(compare(folder, setting, arm, 'plain'), math.nan)]
         for c, p in compared:

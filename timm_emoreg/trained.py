@@ -41,8 +41,9 @@ class Trained:
     data_dir: str | None = None
 
     def label(self, index: int) -> str:
-        """Name of a class."""
-        return self.label_names[index] if self.label_names else f'class {index}'
+        """Name of a class, with its index where several have that name (ImageNet has two cranes)."""
+        name = self.label_names[index] if self.label_names else f'class {index}'
+        return f'{name} ({index})' if self.label_names.count(name) > 1 else name
 
 
 def some(names: tuple[str, ...]) -> str:
@@ -94,8 +95,9 @@ def released_model(name: str) -> Trained:
         raise _no_affect(f'--model {name}')
     if len(names) != model.num_affect:
         names = tuple(f'affect {i + 1}' for i in range(model.num_affect))
+    labels = tuple(model.pretrained_cfg.get('label_names') or ())
     return Trained(name, model.eval(), resolve_model_data_config(model)['input_size'][1:], names,
-                   tuple(model.pretrained_cfg.get('label_names') or ()))
+                   labels if len(labels) == model.num_classes else ())
 
 
 def _find_checkpoint(where: Path) -> Path:

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import multiprocessing
+import os
 import random
+import signal
 
 import numpy as np
 import pytest
@@ -191,6 +194,17 @@ def test_timm_resumes_within_an_epoch_with_any_number_of_workers(workers):
         rest = epoch(make(**FULL, batch_size=2, workers=workers), 4, first_batch)
         assert_equal(rest[0], inputs[first_batch:])
         assert_equal(rest[1], targets[first_batch:])
+
+
+def test_a_signal_to_all_processes_ends_no_worker():
+    loader = make(workers=2)
+    batches = iter(loader)
+    next(batches)
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
+    for worker in workers:
+        os.kill(worker.pid, signal.SIGTERM)
+    assert len(list(batches)) == len(loader) - 1
 
 
 def test_timm_reads_nothing_that_a_resume_skips(monkeypatch):

@@ -90,6 +90,39 @@ def test_a_folder_beside_the_parts_is_refused(tmp_path):
         load_folder(tmp_path)
 
 
+def fill(root, *names):
+    for name in names:
+        draw(root / name, 3)
+    return root
+
+
+def test_parts_have_the_names_that_sets_have(tmp_path):
+    splits = load_folder(fill(tmp_path, 'Training/a', 'Training/b', 'Testing/a', 'dev/b'))
+    assert splits.target.names == ('a', 'b')
+    assert [len(part) for part in (splits.train, splits.validation, splits.test)] == [6, 3, 3]
+
+
+@pytest.mark.parametrize(('names', 'message'), [
+    (('val/a', 'val/b', 'test/a', 'test/b'), 'has the parts test, val and no train'),
+    (('train/a', 'train/b', 'holdout/a', 'holdout/b'), "'holdout' lies beside the parts train and is none of them"),
+])
+def test_parts_are_not_taken_for_classes(tmp_path, names, message):
+    with pytest.raises(DataError, match=message):
+        load_folder(fill(tmp_path, *names))
+
+
+def test_hidden_folders_of_a_class_are_passed_over(tmp_path):
+    splits = load_folder(fill(tmp_path, 'a', 'b', 'a/.ipynb_checkpoints', 'b/@eaDir', 'b/deeper'))
+    assert sum(map(len, (splits.train, splits.validation, splits.test))) == 9
+
+
+def test_two_links_to_one_file_are_refused(tmp_path):
+    fill(tmp_path, 'a', 'b')
+    (tmp_path / 'a/again.png').symlink_to('0.png')
+    with pytest.raises(DataError, match=r'again\.png: is the same file as .*a/0\.png, which could land in'):
+        load_folder(tmp_path)
+
+
 def test_linked_folders_are_not_followed(tmp_path):
     for name in ('anger', 'joy'):
         draw(tmp_path / name, 5)

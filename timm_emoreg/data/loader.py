@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import random
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,12 @@ def fits_in_memory(
     else:
         on_host += on_device
     return on_host * world_size <= _free_host_memory() / 4
+
+
+def leave_signals_to_the_training(worker: int) -> None:
+    """A signal to the whole process group must not end a worker before the training has written its checkpoint."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class _Transformed(Dataset):
@@ -126,7 +133,7 @@ class TimmLoader(EpochLoader):
         pin = self.device.type == 'cuda'
         # a generator of its own: the seed of its workers would be drawn from the generator of the training otherwise
         loader = DataLoader(self.data, batch_sampler=keys, num_workers=self.workers, pin_memory=pin,
-                            generator=torch.Generator())
+                            generator=torch.Generator(), worker_init_fn=leave_signals_to_the_training)
         try:
             for part, (pixels, target) in zip(parts, loader, strict=True):
                 pixels = pixels.to(self.device, non_blocking=pin).permute(0, 2, 3, 1).contiguous()

@@ -17,7 +17,9 @@ from .table import Table, read_table
 __all__ = ['IMAGE_SUFFIXES', 'load_csv', 'load_folder']
 
 IMAGE_SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.gif', '.tif', '.tiff', '.pgm', '.ppm')
-_PARTS = {'train': 'train', 'validation': 'validation', 'val': 'validation', 'valid': 'validation', 'test': 'test'}
+_PARTS = {'train': 'train', 'training': 'train', 'validation': 'validation', 'val': 'validation', 'valid': 'validation',
+          'dev': 'validation', 'test': 'test', 'testing': 'test'}
+_HIDDEN = ('.', '__', '@')  # .git, __MACOSX, @eaDir and the like
 _SEED = 0
 _LICENCE = "the owner's; not known to this project"
 
@@ -45,9 +47,8 @@ def _unreadable(error: OSError) -> DataError:
 
 
 def _subfolders(folder: Path) -> list[Path]:
-    hidden = ('.', '__')  # .git, __MACOSX and the like
     try:
-        found = [p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(hidden)]
+        found = [p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(_HIDDEN)]
     except OSError as e:
         raise _unreadable(e) from None
     return sorted(found, key=lambda p: p.name)
@@ -57,25 +58,37 @@ def _images(folder: Path) -> list[Path]:
     def fail(error: OSError):
         raise _unreadable(error)
 
-    # links to folders are not followed: they may lead back up
-    found = [Path(root) / name for root, _, names in os.walk(folder, onerror=fail) for name in names
-             if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith('.')]
+    found = []
+    for root, folders, names in os.walk(folder, onerror=fail):  # links to folders are not followed: they may lead up
+        folders[:] = [name for name in folders if not name.startswith(_HIDDEN)]
+        found += [Path(root) / name for name in names
+                  if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith('.')]
     if not found:
         raise DataError(f'{folder}: the class folder holds no image ({", ".join(IMAGE_SUFFIXES)}). '
                         'Add images or remove the folder.')
     return sorted(found)
 
 
+def _holds_classes(folder: Path) -> bool:
+    """Whether a folder has two folders or more and no image beside them, as a part of a set does."""
+    return len(_subfolders(folder)) > 1 and not any(p.suffix.lower() in IMAGE_SUFFIXES for p in folder.iterdir())
+
+
 def _part_folders(root: Path) -> dict[str, Path]:
     """The folder of each part; a root without parts is all train."""
     found = _subfolders(root)
     names = {p.name.lower() for p in found}
-    if 'train' not in names:
+    named = sorted(names & _PARTS.keys())
+    if not named:
         return {'train': root}
-    if others := sorted(p.name for p in found if p.name.lower() not in _PARTS):
-        named = sorted(names & _PARTS.keys())
-        if len(named) == 1:  # a class of trains
+    if 'train' not in {_PARTS[name] for name in named}:
+        if len(named) == 1:  # a class of tests
             return {'train': root}
+        raise DataError(f'{root}: has the parts {", ".join(named)} and no train. Add it, or rename these if they are '
+                        'classes.')
+    if others := sorted(p.name for p in found if p.name.lower() not in _PARTS):
+        if len(named) == 1 and not _holds_classes(next(p for p in found if p.name.lower() == named[0])):
+            return {'train': root}  # a class of trains
         raise DataError(f'{root}: {others[0]!r} lies beside the parts {", ".join(named)} and is none of them. Move it '
                         'elsewhere, or into a part if it is a class.')
     parts: dict[str, Path] = {}
@@ -91,10 +104,11 @@ def _part_folders(root: Path) -> dict[str, Path]:
 def load_folder(root: str | Path) -> Splits:
     """Pictures in one subfolder per emotion or class, whose sorted names become the classes.
 
-    ``root/<class>/...`` is split 80 / 10 / 10 %, each class alike, by a fixed seed. ``root/train/<class>/...`` with
-    ``validation`` (or ``val``, ``valid``) and ``test`` beside it is taken as it is; of these two, one that is missing
-    is cut from train, 10 % of each class. Files with other suffixes than `IMAGE_SUFFIXES` and hidden ones are
-    passed over, case does not matter, deeper folders belong to their class, linked folders below a class do not.
+    ``root/<class>/...`` is split 80 / 10 / 10 %, each class alike, by a fixed seed. ``root/train/<class>/...`` (or
+    ``training``) with ``validation`` (or ``val``, ``valid``, ``dev``) and ``test`` (or ``testing``) beside it is taken
+    as it is; of these two, one that is missing is cut from train, 10 % of each class. Files with other suffixes than
+    `IMAGE_SUFFIXES`, hidden ones and those in hidden folders are passed over, case does not matter, deeper folders
+    belong to their class, linked folders below a class do not.
 
     Returns:
         Three `ImageSet` of paths with class targets; a damaged image raises when it is read.
@@ -128,6 +142,11 @@ def load_folder(root: str | Path) -> Splits:
         members[part] = np.arange(start, len(paths))
         if start == len(paths):
             raise DataError(f'{folder}: the part holds no class folder. Fill it or remove it.')
+    first: dict[Path, Path] = {}
+    for path in paths:
+        if (one := first.setdefault(path.resolve(), path)) is not path:
+            raise DataError(f'{path}: is the same file as {one}, which could land in train and test. Remove one of '
+                            'these links.')
     whole = ImageSet(paths, torch.tensor(labels), Target('class', names))
     train, validation, test = (whole.subset(part) for part in _complete(members, np.array(labels)))
     return Splits(root.resolve().name, train, validation, test, _LICENCE)

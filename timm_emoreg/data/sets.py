@@ -1,6 +1,7 @@
 """What every image set of the project gives: pictures, targets, and what the targets mean."""
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -179,6 +180,20 @@ class Splits:
     def target(self) -> Target:
         """The meaning of the targets, the same in all three parts."""
         return self.train.target
+
+    def digest(self) -> str:
+        """What a run that goes on must find again: the targets, their meaning, and which image is in which part.
+
+        Files count by name and folder, decoded pictures by number and order, so that an image may have been changed.
+        """
+        digest = hashlib.sha256(repr((self.target.kind, self.target.names)).encode())
+        for part in (self.train, self.validation, self.test):
+            digest.update(f'{len(part)}'.encode())
+            digest.update(part.targets.numpy().tobytes())
+            for image in part.images:
+                if not isinstance(image, np.ndarray):
+                    digest.update('/'.join(Path(image).parts[-2:]).encode('utf-8', 'surrogateescape') + b'\n')
+        return digest.hexdigest()
 
     def summary(self) -> str:
         """One line for a log: name, sizes, kind and names of the targets."""
