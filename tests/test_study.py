@@ -276,7 +276,8 @@ def test_runs_that_would_be_compared_have_one_recipe(run, tmp_path):
                                               'which it would be compared with, "3". Give the same ones, or another'),
                             (('--target-flags', '--lr 0.5'), 'plain_s1 has the flags "--lr 0.5", and '),
                             (('--affect-epochs', 9), 'plain+_s1 has the --epochs "15", and '),
-                            (('--arms', 'regulated', '--affect-epochs', 9), 'affect_s1 has the flags "--val-interval 9", and ')):
+                            (('--arms', 'regulated', '--affect-epochs', 9),
+                             'affect_s1 has the flags "--val-interval 9", and ')):
         status, _, err = run(*arms[:-1], 1, *change)
         assert (status, message in err) == (2, True), err
     assert run(*arms[:-1], 1)[0] == 0
