@@ -109,12 +109,6 @@ def test_choices_of_method_and_recipe_train(run, folder, flags):
     assert all(torch.isfinite(torch.tensor(list(r['test'].values()))).all() for r in results)
 
 
-@pytest.mark.parametrize(('model', 'recipe'), [('test_resnet', ('adamw', 1e-3 / 16)), ('test_vit', ('muon', 0.005))])
-def test_stage_1_has_the_optimizer_that_learns(run, folder, model, recipe):
-    _, (result,), _ = run('--task', 'affect', '--stimuli', folder, '--epochs', 1, model=model)
-    assert (result['recipe']['opt'], result['recipe']['lr']) == recipe
-
-
 def test_vit_gets_the_patches_that_fit(run, folder):
     _, results, _ = run('--dataset', folder, '--task', 'plain', '--epochs', 1, model='test_vit')
     assert results[0]['form'] == 'patches of 4x4'
