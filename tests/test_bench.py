@@ -210,6 +210,9 @@ def test_the_command_prints_and_writes_what_was_measured_and_what_was_not(monkey
     (['--rounds', '0'], '--rounds 0: at least 1 is needed.'),
     (['--timm-train', '/nowhere/train.py'], '/nowhere/train.py: there is no such file or folder.'),
     (['--json', '/nowhere/out.json'], '/nowhere: there is no such file or folder.'),
+    (['--json', '/'], '--json /: is a folder. Give the name of a file.'),
+    pytest.param(['muon', '--device', 'cuda'], '--device cuda: torch sees no GPU here. Leave it out, or give cpu.',
+                 marks=pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU')),
 ])
 def test_arguments_that_do_not_fit_are_refused(argv, message, capsys):
     with pytest.raises(SystemExit) as stop:

@@ -94,3 +94,9 @@ def test_command(trained_run, colours, capsys):
     assert found['state']['moved'] > 0
     assert main([str(trained_run / 'nothing'), *argv[1:]]) == 2
     assert capsys.readouterr().err.startswith('diagnose: ')
+    assert main([*argv, '--device', 'abacus']) == 2
+    assert capsys.readouterr().err.startswith('diagnose: --device abacus: torch cannot compute there (')
+    assert main([*argv, '--stimuli-labels', 'rotation']) == 2  # is known, but not what this run learned
+    assert 'the stimuli ask for 0 degrees, 90 degrees, ' in capsys.readouterr().err
+    assert main([str(trained_run / 'affect'), *argv[1:]]) == 2
+    assert 'is the result of stage 1 and has no response to images. Give a run of' in capsys.readouterr().err

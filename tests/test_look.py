@@ -104,6 +104,19 @@ def test_images_are_drawn(tmp_path, figures, names, kind, classes):
         assert any(text.startswith("z', emotional") for text in texts)
 
 
+def test_of_many_emotions_the_strongest_are_drawn(tmp_path, figures):
+    trained, shown = build(tuple(f'emotion {i}' for i in range(28)), 'emotion', ()), images(1)
+    answers, slopes = answer(trained, shown, gradient=True)
+    draw_images(trained, ['one.png'], [shown.picture(0)], answers, slopes, tmp_path / 'out.png')
+    texts = check_picture(tmp_path / 'out.png', figures[0])
+    assert 'the strongest 12 of 28' in texts
+    assert f'emotion {answers.state[0].argmax()}' in texts
+
+
+def test_a_file_name_that_is_no_text_can_be_drawn():
+    assert short('\udcff.png', 20) == '?.png'
+
+
 def test_more_images_make_a_longer_picture(tmp_path, figures):
     trained = build(('valence',), 'ratings', ())
     heights = []

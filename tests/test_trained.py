@@ -1,5 +1,6 @@
 """From a name or a run to a model whose outputs have names."""
 import argparse
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -95,6 +96,8 @@ def test_classes_keep_the_names_that_they_were_trained_under(run, tmp_path):
     torch.save(state, path)
     older = trained_model(tmp_path, experience=str(run))
     assert (older.label_names, older.label(1)) == ((), 'class 1')
+    twice = dataclasses.replace(older, label_names=('crane', 'cat', 'crane'))
+    assert [twice.label(i) for i in range(3)] == ['crane (0)', 'cat', 'crane (2)']
 
 
 def test_a_plain_run_with_a_stage_1_is_a_plain_model(run, tmp_path):
