@@ -89,13 +89,15 @@ def test_a_released_weight_by_its_tag(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     model = make('ratings', 2)
     monkeypatch.setattr(zoo, 'WEIGHTS', {
-        'emoreg_tiny.emoji': SimpleNamespace(affect_names=('valence', 'arousal'), target=None, available=True),
+        'emoreg_tiny.emoji': SimpleNamespace(affect_names=('valence', 'arousal'), target=None, available=True,
+                                             architecture='emoreg_resnet18', model_args={'small_image': True}),
         'emoreg_tiny.emoji_ft_cifar10': SimpleNamespace(target='cifar10', available=True)})
     monkeypatch.setattr(timm, 'create_model',
                         lambda name, pretrained: model if (name, pretrained) == ('emoreg_tiny.emoji', True) else None)
     found = find_experience('emoreg_tiny.emoji')
     assert (found.source, found.affect_kind, found.num_affect) == ('emoreg_tiny.emoji', 'ratings', 2)
     assert found.names == ('valence', 'arousal')
+    assert (found.backbone, found.small_image) == ('resnet18', True)
     assert torch.equal(found.state_dict['head_affect.weight'], model.head_affect.weight)
     with pytest.raises(CheckpointError, match=r'nor a released weight of stage 1 \(emoreg_tiny\.emoji\)\.'):
         find_experience('emoreg_tiny.ferplus')

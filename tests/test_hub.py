@@ -177,10 +177,10 @@ def test_build_of_a_fixed_size_backbone(run, home):
 
 
 def test_what_is_dropped_in_training_is_no_form_of_the_weight(run, home):
-    kwargs = ['--model-kwargs', 'patch_drop_rate=0.5', 'drop_path_rate=0.1', 'mlp_ratio=3']
+    kwargs = ['--model-kwargs', 'patch_drop_rate=0.5', 'attn_drop_rate=0.1', 'mlp_ratio=3']
     weight = build('emoreg_vit_tiny.emoji', [run(model='emoreg_vit_tiny', more=kwargs)], home=home, commit=COMMIT)
     assert weight.model_args['mlp_ratio'] == 3
-    assert not {'patch_drop_rate', 'drop_path_rate'} & weight.model_args.keys()
+    assert not {'patch_drop_rate', 'attn_drop_rate'} & weight.model_args.keys()
     assert ' '.join(kwargs) in weight.recipe
 
 

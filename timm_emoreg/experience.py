@@ -79,7 +79,7 @@ def _from_checkpoint(path: Path) -> Experience:
     kind = 'ratings' if task['target_kind'] == 'ratings' else 'emotion'
     args = checkpoint.get('args')
     unfinished = ''
-    if (path.parents[1] / 'args.json').is_file() and not (path.parent / 'result.json').is_file():
+    if (path.resolve().parents[1] / 'args.json').is_file() and not (path.parent / 'result.json').is_file():
         unfinished = f'; its training was not finished, this is epoch {checkpoint["epoch"] + 1}'
     # the averaged weights are the ones that stage 1 judged and kept
     return Experience(str(path), checkpoint.get('state_dict_ema') or checkpoint['state_dict'], kind, len(names), names,

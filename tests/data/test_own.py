@@ -235,7 +235,7 @@ def set_cell(row, column, value):
     (set_cell(2, 0, 'pics/99.png'), r"own\.csv, line 3: there is no image file 'pics/99.png'"),
     (set_cell(2, 0, '../x.png'), r"own\.csv, line 3: '\.\./x\.png' lies outside the folder"),
     (set_cell(2, 0, 'pics/../pics/4.png'), r"own\.csv, line 6: 'pics/4\.png' is already on line 3\. Average"),
-    (set_cell(0, 2, 'split'), r"own\.csv, line 2: split '4' is unknown\. Known: 'train', 'validation', 'val'"),
+    (set_cell(0, 2, 'split'), r"own\.csv, line 2: split '4' is unknown\. Known: 'train', 'training', 'validation'"),
     (lambda rows: rows.__delitem__(slice(3, None)), r'own\.csv: 2 rows for train, at least 3 are needed\. Add rows'),
 ])
 def test_unusable_csv_is_refused(rated, change, message):
