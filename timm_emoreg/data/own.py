@@ -19,7 +19,7 @@ __all__ = ['IMAGE_SUFFIXES', 'load_csv', 'load_folder']
 IMAGE_SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.gif', '.tif', '.tiff', '.pgm', '.ppm')
 _PARTS = {'train': 'train', 'training': 'train', 'validation': 'validation', 'val': 'validation', 'valid': 'validation',
           'dev': 'validation', 'test': 'test', 'testing': 'test'}
-_HIDDEN = ('.', '__', '@')  # .git, __MACOSX, @eaDir and the like
+_HIDDEN = ('.', '__', '@eaDir')  # .git, __MACOSX and the like, and Synology's thumbnails
 _SEED = 0
 _LICENCE = "the owner's; not known to this project"
 
