@@ -1,9 +1,9 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import random
 import signal
+import subprocess
 
 import numpy as np
 import pytest
@@ -196,15 +196,29 @@ def test_timm_resumes_within_an_epoch_with_any_number_of_workers(workers):
         assert_equal(rest[1], targets[first_batch:])
 
 
+@pytest.mark.skipif(not hasattr(signal, 'sigwaitinfo'), reason='the system does not tell who sent a signal')
 def test_a_signal_to_all_processes_ends_no_worker():
+    """As a scheduler sends it: from a process that is not the training."""
     loader = make(workers=2)
     batches = iter(loader)
     next(batches)
     workers = multiprocessing.active_children()
     assert len(workers) == 2
     for worker in workers:
-        os.kill(worker.pid, signal.SIGTERM)
+        subprocess.run(['kill', '-TERM', str(worker.pid)], check=True)
     assert len(list(batches)) == len(loader) - 1
+
+
+def test_the_training_itself_ends_its_workers():
+    """Where the loader is still held when the interpreter exits, as by a traceback, that exit waits for them."""
+    batches = iter(make(workers=2))
+    next(batches)
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
+    for worker in workers:
+        worker.terminate()
+        worker.join(20)
+        assert worker.exitcode == 0
 
 
 def test_timm_reads_nothing_that_a_resume_skips(monkeypatch):

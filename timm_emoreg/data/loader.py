@@ -1,8 +1,10 @@
 """Choosing a loader: the resident one for sets that fit in memory, timm's transforms in worker processes for others."""
 from __future__ import annotations
 
+import os
 import random
 import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -57,9 +59,20 @@ def fits_in_memory(
 
 
 def leave_signals_to_the_training(worker: int) -> None:
-    """A signal to the whole process group must not end a worker before the training has written its checkpoint."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    """A signal to all processes must not end a worker before the training has written its checkpoint; the training
+    itself must be able to end it, or its exit would wait for the worker for ever."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if not hasattr(signal, 'sigwaitinfo'):  # macOS, Windows: who sent a signal is not told
+        return
+    # a handler of Python's is not told either
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_for_the_training, daemon=True).start()
+
+
+def _end_for_the_training() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 class _Transformed(Dataset):
