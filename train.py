@@ -55,6 +55,7 @@ from timm_emoreg.data.controls import fewer_images, predict_rotation, shuffle_la
 from timm_emoreg.data.loader import choose_kind, make_loader
 from timm_emoreg.data.progressive import SMALLEST, ProgressiveLoader
 from timm_emoreg.data.rehearsal import RehearsalLoader
+from timm_emoreg.data.resident import check_fills_a_batch
 from timm_emoreg.emoreg import create_backbone
 from timm_emoreg.experience import (
     Experience,
@@ -77,9 +78,12 @@ from timm_emoreg.processes import (
 from timm_emoreg.regulation import check_regulation
 from timm_emoreg.run_folder import (
     BusyError,
+    DamagedError,
     WriteError,
     alone_in,
     chosen_once,
+    make_run,
+    read_json,
     remove_empty_run,
     trim,
     write_file,
@@ -172,7 +176,7 @@ def parse_args() -> argparse.Namespace:
     group.add_argument('--decay-epochs', type=above(0), help='of --sched step (default: a third of the epochs)')
     group.add_argument('--decay-rate', type=above(0),
                        help='factor of each step (default: 0.1), or the power of --sched poly (default: 1, linear)')
-    group.add_argument('--warmup-epochs', type=at_least(0.0), default=1.0)
+    group.add_argument('--warmup-epochs', type=at_least(0.0), default=1.0, help='at most a quarter of the epochs')
     group.add_argument('--warmup-lr', type=at_least(0.0), default=1e-3, help='times --lr')
     group.add_argument('--min-lr', type=at_least(0.0), default=1e-3, help='times --lr')
     group.add_argument('--clip-grad', type=above(0))
@@ -218,8 +222,8 @@ def parse_args() -> argparse.Namespace:
             parser.error(f'--{other[0].replace("_", "-")}: --resume goes on with the settings of the run. Only '
                          f'{", ".join("--" + name.replace("_", "-") for name in free[1:])} can be given beside it.')
         try:
-            saved = read_settings(args.resume / 'args.json')
-        except DataError as e:
+            saved = read_json(args.resume / 'args.json')
+        except DamagedError as e:
             parser.error(f'--resume {e}')
         folder = args.resume.resolve()  # which may have been moved
         here = {name: getattr(args, name) for name in (*given, 'device')}
@@ -330,14 +334,29 @@ def target_of(args):
     return fewer_images(splits, args.train_images, args.seed) if args.train_images else splits
 
 
-def read_settings(path: Path) -> dict:
-    try:
-        saved = json.loads(path.read_text())
-        if not isinstance(saved, dict):
-            raise ValueError('no object')
-    except ValueError as e:
-        raise DataError(f'{path}: is damaged ({e}). Bring back a copy, or start anew.') from None
-    return saved
+def batch_of_a_step(args, task_name: str, splits, stimuli=None) -> int:
+    """Images a step and process of a stage, where they make up one update an epoch at least; refused otherwise."""
+    whole_batch = args.batch_size or (128 if len(splits.train) >= 10_000 else 64)
+    shares = args.world_size * args.grad_accum_steps
+    batch_size = whole_batch // shares
+    if not batch_size:
+        raise DataError(f'--batch-size {whole_batch}: {args.world_size} processes with {args.grad_accum_steps} '
+                        f'accumulation steps each share it out. Use at least {shares}, or a smaller '
+                        '--grad-accum-steps.')
+    felt = splits if task_name == 'affect' else stimuli
+    if felt is not None and felt.target.kind == 'ratings' and batch_size < 2:
+        raise DataError(f'1 - CCC needs 2 images or more a step, --batch-size {whole_batch} gives {batch_size} a '
+                        f'process and accumulation step. Use at least {2 * shares}.')
+    if task_name != 'affect' and max(args.mixup, args.cutmix) > 0 and batch_size % 2:
+        raise DataError(f'--mixup and --cutmix mix the images of a step in pairs, --batch-size {whole_batch} gives '
+                        f'{batch_size} a process and accumulation step. Use a number that makes it even.')
+    for shown in (splits, *([stimuli] if stimuli else [])):
+        check_fills_a_batch(shown.train, batch_size * args.world_size)
+    batches = len(splits.train) // (batch_size * args.world_size)
+    if batches < args.grad_accum_steps:
+        raise DataError(f'--grad-accum-steps {args.grad_accum_steps}: an epoch of {splits.name} has {batches} batches, '
+                        'and no update. Use fewer steps, or a smaller --batch-size.')
+    return batch_size
 
 
 class ModelError(ValueError):
@@ -508,7 +527,7 @@ def run_stage(args, task_name: str, splits, device, experience: Experience | Non
     out = Path(args.output) / args.experiment / task_name
     if (out / 'result.json').is_file():
         print(f'{out}: finished already', flush=True)
-        return json.loads((out / 'result.json').read_text())
+        return read_json(out / 'result.json')
     if is_primary(args):
         with writing(out):
             out.mkdir(exist_ok=True)
@@ -549,20 +568,7 @@ def run_stage(args, task_name: str, splits, device, experience: Experience | Non
         task.prepare_distributed(device_ids=[device] if device.type == 'cuda' else None)
 
     # data
-    size, whole_batch = (args.img_size, args.img_size), args.batch_size or (128 if len(splits.train) >= 10_000 else 64)
-    batch_size = whole_batch // (args.world_size * args.grad_accum_steps)
-    if not batch_size:
-        raise DataError(f'--batch-size {whole_batch}: {args.world_size} processes with {args.grad_accum_steps} '
-                        'accumulation steps each share it out. Use at least '
-                        f'{args.world_size * args.grad_accum_steps}, or a smaller --grad-accum-steps.')
-    felt = splits if task_name == 'affect' else stimuli
-    if felt is not None and felt.target.kind == 'ratings' and batch_size < 2:
-        raise DataError(f'1 - CCC needs 2 images or more a step, --batch-size {whole_batch} gives {batch_size} a '
-                        f'process and accumulation step. Use at least {2 * args.world_size * args.grad_accum_steps}.')
-
-    if mix and batch_size % 2:
-        raise DataError(f'--mixup and --cutmix mix the images of a step in pairs, --batch-size {whole_batch} gives '
-                        f'{batch_size} a process and accumulation step. Use a number that makes it even.')
+    size, batch_size = (args.img_size, args.img_size), batch_of_a_step(args, task_name, splits, stimuli)
 
     def choose() -> dict[str, str]:  # by what is fast and free here now, so it must not be chosen again
         shown = {'loader': splits} | ({'stimuli_loader': stimuli} if stimuli else {})
@@ -588,9 +594,6 @@ def run_stage(args, task_name: str, splits, device, experience: Experience | Non
     whole_batch = batch_size * args.world_size * args.grad_accum_steps  # where it could not be divided evenly
 
     # recipe
-    if len(train_loader) < args.grad_accum_steps:
-        raise DataError(f'--grad-accum-steps {args.grad_accum_steps}: an epoch has {len(train_loader)} batches, and no '
-                        'update. Use fewer steps, or a smaller --batch-size.')
     epochs = args.affect_epochs or args.epochs if task_name == 'affect' else args.epochs
     # Short runs hardly start under SGD at the rates that suit long ones; AdamW and Muon learn at once. A ViT learns
     # stage 1 better with Muon, and then stage 2 worse (hub_cards/study).
@@ -750,15 +753,15 @@ def run(args) -> None:
         experience.check_form(args.backbone, args.small_image)
         if stimuli is not None:
             experience.check_stimuli(stimuli)
+    rehearsed = stimuli if args.task == 'emoreg' and args.rehearsal else None
+    # of both stages, before the first one is trained
+    if stage_1:
+        batch_of_a_step(args, 'affect', stimuli)
+    if target is not None:
+        batch_of_a_step(args, args.task, target, rehearsed)
     if is_primary(args) and not args.resume:
-        if folder.exists():
-            raise DataError(f'{folder} exists. Continue it with --resume {folder}, or choose another --experiment.')
-        part = folder.with_name(f'{folder.name}.part')  # a kill must not leave a folder that cannot be resumed
-        with writing(folder):
-            part.mkdir(parents=True, exist_ok=True)
-            args.commit = project_commit(Path(__file__).parent)
-            write_file(part / 'args.json', json.dumps(vars(args), indent=1))
-            part.rename(folder)
+        args.commit = project_commit(Path(__file__).parent)
+        make_run(folder, vars(args))
     if args.distributed:
         torch.distributed.barrier()
 
@@ -773,7 +776,6 @@ def run(args) -> None:
                 if experience is not None:
                     say(args, f'experience: {experience.source}, affect response of {experience.num_affect} '
                               f'({", ".join(experience.names) or experience.affect_kind})' + experience.unfinished)
-                rehearsed = stimuli if args.task == 'emoreg' and args.rehearsal else None
                 results.append(run_stage(args, args.task, target, device, experience, rehearsed))
         except (DataError, ModelError):
             if is_primary(args) and not args.resume:
@@ -816,7 +818,7 @@ def main() -> int:
         then = f' The last good checkpoint is {good}: go on with: {resume_command(args)}' if good else ''
         print(f'train.py: {e}{then}', file=sys.stderr)
         return 2
-    except (BusyError, DataError, CheckpointError, LaunchError, ModelError, OSError) as e:
+    except (BusyError, DamagedError, DataError, CheckpointError, LaunchError, ModelError, OSError) as e:
         print(f'train.py: {e}', file=sys.stderr)
         return 2
     except RuntimeError as e:

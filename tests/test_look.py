@@ -113,6 +113,17 @@ def test_of_many_emotions_the_strongest_are_drawn(tmp_path, figures):
     assert f'emotion {answers.state[0].argmax()}' in texts
 
 
+def test_of_many_ratings_the_strongest_are_drawn(tmp_path, figures):
+    names = tuple(f'rating {i}' for i in range(9))
+    trained, shown = build(names, 'ratings', ()), images(1)
+    answers, slopes = answer(trained, shown, gradient=True)
+    draw_images(trained, ['one.png'], [shown.picture(0)], answers, slopes, tmp_path / 'out.png')
+    texts = check_picture(tmp_path / 'out.png', figures[0])
+    assert 'the strongest 5 of 9' in texts
+    strongest = answers.state[0].abs().argmax()
+    assert f'rating {strongest} {answers.state[0, strongest]:+.2f}' in texts
+
+
 def test_a_file_name_that_is_no_text_can_be_drawn():
     assert short('\udcff.png', 20) == '?.png'
 

@@ -82,6 +82,7 @@ def test_learned_and_gated_balance_follow_their_parameters():
     (dict(balanced_in='head'), "expected one of 'prediction', 'loss'"),
     (dict(keep_affect=-0.5), 'keep_affect=-0.5 is no weight of a loss: give 0 for none, or more'),
     (dict(keep_affect=float('nan')), 'keep_affect=nan is no weight'),
+    (dict(rehearsal=float('inf')), 'rehearsal=inf is no weight'),
     (dict(rehearsal=-1.0), 'rehearsal=-1.0 is no weight of a loss: give 0 for none, or more'),
     (dict(rehearsal=1.0, experience='separate'), "rehearsal=1.0 has nothing to keep: with experience='separate'"),
     (dict(keep_affect=1.0, experience='separate'), "nothing to keep: with experience='separate'"),

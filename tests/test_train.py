@@ -423,6 +423,17 @@ def test_damaged_settings_are_named(run, tmp_path, capsys):
         assert f'--resume {tmp_path / "run/args.json"}: is damaged (' in capsys.readouterr().err
 
 
+def test_a_damaged_choice_is_named_and_can_be_removed(run, tmp_path, folder):
+    assert run('--task', 'plain', '--dataset', folder, '--epochs', 1)[0] == 0
+    (tmp_path / 'run/plain/result.json').unlink()
+    choices = tmp_path / 'run/plain/choices.json'
+    choices.write_text('')
+    status, _, err = run('--resume', tmp_path / 'run')
+    assert (status, f'{choices}: is damaged (' in err, len(err.splitlines())) == (2, True, 1), err
+    choices.unlink()
+    assert run('--resume', tmp_path / 'run')[0] == 0
+
+
 def test_two_processes_do_not_train_one_run(run, train, tmp_path, folder, monkeypatch):
     with monkeypatch.context() as stopping:
         stopping.setattr(train, 'asked_to_stop', lambda args, received: received.append(signal.SIGTERM) or True)
@@ -503,7 +514,8 @@ def test_flags_that_do_not_fit_are_refused(train, monkeypatch, capsys, argv, mes
     (('--experience', 'emoreg_resnet18.emoji', '--task', 'plain'),
      'emoreg_resnet18.emoji: is of the backbone resnet18, and this run has test_resnet. Use the same --model'),
     (('-b', 4, '--grad-accum-steps', 8, '--task', 'plain'), '--batch-size 4: 1 processes with 8 accumulation steps'),
-    (('--grad-accum-steps', 50, '-b', 64, '--task', 'plain'), '--grad-accum-steps 50: an epoch has '),
+    (('--grad-accum-steps', 50, '-b', 64, '--task', 'plain'), '--grad-accum-steps 50: an epoch of '),
+    (('-b', 4000), ' are fewer than one batch of 4000. Use a smaller batch size'),
     (('-b', 5, '--mixup', '0.2', '--experience', 'none'),
      '--batch-size 5 gives 5 a process and accumulation step. Use a number that makes it even'),
     (('--device', 'abacus'), '--device abacus: torch cannot compute there ('),
@@ -547,6 +559,12 @@ def test_a_batch_of_one_is_too_small_for_the_concordance(run, tmp_path):
     status, _, err = run('--task', 'affect', '--stimuli', 'emoji', '-b', 1)
     assert status == 2
     assert '1 - CCC needs 2 images or more a step, --batch-size 1 gives 1' in err
+
+
+def test_stage_2_is_checked_before_stage_1_is_trained(run, tmp_path, folder):
+    status, out, err = run('--dataset', folder, '--train-images', 30, '--stimuli', 'emoji', '-b', 32)
+    assert (status, '30 images to train on ' in err, 'stage 1' in out) == (2, True, False), err
+    assert os.listdir(tmp_path) == []
 
 
 def test_an_existing_run_is_not_overwritten(run, tmp_path, folder):

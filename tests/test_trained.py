@@ -163,6 +163,13 @@ def test_a_folder_without_a_weight_is_refused(tmp_path, config):
         released_model(f'local-dir:{tmp_path}')
 
 
+def test_a_weight_that_takes_no_rgb_is_refused(tmp_path):
+    save_for_hf(timm.create_model('emoreg', backbone='test_resnet', in_chans=1), tmp_path, safe_serialization=True,
+                model_args={'backbone': 'test_resnet', 'in_chans': 1})
+    with pytest.raises(DataError, match='takes images of 1 channels, and pictures are read as RGB'):
+        released_model(f'local-dir:{tmp_path}')
+
+
 def test_an_error_without_words_is_named_by_its_type(tmp_path, monkeypatch):
     (tmp_path / 'config.json').write_text('{}')
 

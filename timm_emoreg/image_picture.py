@@ -20,7 +20,7 @@ RESPONSES = {'non_emotional': ('z, non-emotional', '#56B4E9'), 'emotional': ("z'
              'regulated': ('y, regulated', '#000000')}
 ROW, HEAD, FOOT = 1.9, 0.85, 0.45  # inches
 DPI = 110
-MOST_EMOTIONS = 12  # of an image, or their texts run into each other
+MOST_EMOTIONS, MOST_RATINGS = 12, 5  # of an image, or their texts run into each other
 
 
 def short(name: str, length: int) -> str:
@@ -50,11 +50,16 @@ def bare(axis) -> None:
     axis.set_yticks([])
 
 
-def _emotions(axis, names: Sequence[str], state: Tensor) -> None:
-    strongest = sorted(state.topk(min(len(names), MOST_EMOTIONS)).indices.tolist())
+def _strongest(axis, names: Sequence[str], state: Tensor, most: int) -> tuple[list[str], list[float]]:
+    """Names and values that there is room for, in their order; the axis says what is left out."""
+    strongest = sorted(state.abs().topk(min(len(names), most)).indices.tolist())
     if len(strongest) < len(names):
         axis.set_xlabel(f'the strongest {len(strongest)} of {len(names)}', fontsize=8, labelpad=1)
-    names, values = [names[i] for i in strongest], state[strongest].tolist()
+    return [names[i] for i in strongest], state[strongest].tolist()
+
+
+def _emotions(axis, names: Sequence[str], state: Tensor) -> None:
+    names, values = _strongest(axis, names, state, MOST_EMOTIONS)
     at = range(len(names))
     axis.barh(at, values, color=[VERMILLION if v == max(values) else BLUE for v in values], height=0.7)
     for y, v in zip(at, values, strict=True):
@@ -80,7 +85,7 @@ def _plane(axis, names: Sequence[str], state: Tensor) -> None:
 
 
 def _lines(axis, names: Sequence[str], state: Tensor) -> None:
-    values = state.tolist()
+    names, values = _strongest(axis, names, state, MOST_RATINGS)
     at = range(len(names))
     axis.axvline(0, color=GREY, linewidth=1)
     axis.hlines(at, -1, 1, color=GREY, linewidth=1)

@@ -16,6 +16,7 @@ arXiv 1709.07871). The formulas of the paper itself were not available; each cho
 """
 from __future__ import annotations
 
+import math
 from numbers import Real
 from typing import NamedTuple
 
@@ -153,7 +154,7 @@ def check_regulation(
         raise ValueError(f'balance={balance!r} is outside [0, 1]: 0 is the non-emotional response alone, '
                          "1 the emotionally-influenced one. Give a number between them, 'learned' or 'gate'.")
     for name, weight in (('keep_affect', keep_affect), ('rehearsal', rehearsal)):
-        if not weight >= 0:
+        if not 0 <= weight < math.inf:
             raise ValueError(f'{name}={weight!r} is no weight of a loss: give 0 for none, or more.')
         if weight and experience == 'separate':
             raise ValueError(f"{name}={weight!r} has nothing to keep: with experience='separate' the affect "

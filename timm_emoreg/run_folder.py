@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -10,7 +11,8 @@ from pathlib import Path
 
 from timm.utils.summary import trim_summary
 
-__all__ = ['BusyError', 'WriteError', 'alone_in', 'chosen_once', 'remove_empty_run', 'trim', 'write_file', 'writing']
+__all__ = ['BusyError', 'DamagedError', 'WriteError', 'alone_in', 'chosen_once', 'make_run', 'read_json',
+           'remove_empty_run', 'trim', 'write_file', 'writing']
 
 
 class WriteError(OSError):
@@ -19,6 +21,48 @@ class WriteError(OSError):
 
 class BusyError(RuntimeError):
     """Another process works in the output folder."""
+
+
+class DamagedError(ValueError):
+    """A file of a run cannot be read."""
+
+
+def make_run(folder: Path, settings: dict) -> None:
+    """Make a run's folder with its settings in it; a kill leaves no folder that could not be resumed.
+
+    Raises:
+        BusyError: If there is something of that name already.
+        WriteError: If it cannot be made.
+    """
+    part = folder.with_name(f'{folder.name}.{os.getpid()}.part')  # another run may be about to take the name
+    if not folder.exists():
+        with writing(folder):
+            try:
+                part.mkdir(parents=True)
+                write_file(part / 'args.json', json.dumps(settings, indent=1))
+                part.rename(folder)
+                return
+            except OSError:
+                shutil.rmtree(part, ignore_errors=True)
+                if not folder.exists():
+                    raise
+    raise BusyError(f'{folder} exists. Continue it with --resume {folder}, or choose another --experiment.')
+
+
+def read_json(path: Path) -> dict:
+    """The object in a file that a run has written.
+
+    Raises:
+        DamagedError: If it cannot be read.
+    """
+    try:
+        content = json.loads(path.read_text())
+        if not isinstance(content, dict):
+            raise ValueError('no object')
+    except ValueError as e:
+        raise DamagedError(f'{path}: is damaged ({e}). Bring back a copy. A result.json or choices.json may be '
+                           'removed, and the run goes on from its last checkpoint.') from None
+    return content
 
 
 @contextmanager
@@ -59,7 +103,7 @@ def write_file(path: Path, content: str) -> None:
 def chosen_once(path: Path, choose: Callable[[], dict]) -> dict:
     """What `choose` gave when it was asked first: it is kept at `path`, so that a resumed run goes by it, too."""
     if path.is_file():
-        return json.loads(path.read_text())
+        return read_json(path)
     chosen = choose()
     with writing(path.parent):
         write_file(path, json.dumps(chosen))

@@ -43,6 +43,7 @@ import timm_emoreg
 
 from .data import STIMULI, TARGETS, DataError, stimuli_parts
 from .data.choices import unknown_choice
+from .run_folder import DamagedError, read_json, write_file
 from .study_grid import ARMS, COLUMNS, RESERVED, Run, StudyError, images_seen, plan, read_rows, recipe, write_rows
 from .study_plots import draw_forest, draw_learning_curves
 from .study_table import make_table, read_settings, write_table
@@ -71,14 +72,6 @@ def hold(folder: Path) -> Iterator[int]:
         file.write(str(os.getpid()))
         file.flush()
         yield file.fileno()
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text())
-    except ValueError as e:
-        raise StudyError(f'{path}: is damaged ({e}). Remove it; if it is a result.json, its run goes on from its last '
-                         'checkpoint.') from None
 
 
 def _hours(seconds: float) -> str:
@@ -113,13 +106,11 @@ class Study:
         """What an earlier call wrote about the run when it started it; nothing if it never began to train."""
         path = self.folder / 'runs' / f'{run.key}.json'
         begun = (path.with_suffix('') / 'args.json').is_file()
-        return _read_json(path) if begun and path.is_file() else {}
+        return read_json(path) if begun and path.is_file() else {}
 
     def _record(self, run: Run) -> None:
         path = self.folder / 'runs' / f'{run.key}.json'
-        part = path.with_name(path.name + '.part')
-        part.write_text(json.dumps({'flags': run.flags}))
-        part.replace(path)
+        write_file(path, json.dumps({'flags': run.flags}))
 
     def _result(self, run: Run) -> Path:
         return self.folder / 'runs' / run.key / run.task / 'result.json'
@@ -171,7 +162,7 @@ class Study:
     def _take(self, run: Run) -> dict:
         """A finished run's row, written to the csv, and its checkpoints removed."""
         path = self._result(run)
-        result, settings = _read_json(path), _read_json(path.parents[1] / 'args.json')
+        result, settings = read_json(path), read_json(path.parents[1] / 'args.json')
         row = {
             'key': run.key, 'arm': run.arm, 'model': run.model, 'stimuli': run.stimuli, 'target': run.target,
             'train_images': run.train_images, 'images': result['train_images'], 'seed': run.seed,
@@ -443,7 +434,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         draw_forest(args.output, settings, args.output / 'forest.png')
         draw_learning_curves(args.output, settings, args.output / 'curves.png')
         return 0
-    except (StudyError, DataError, OSError, ImportError) as e:
+    except (StudyError, DamagedError, DataError, OSError, ImportError) as e:
         print(f'study: {e}', file=sys.stderr)
         return 2
 

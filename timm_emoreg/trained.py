@@ -93,6 +93,10 @@ def released_model(name: str) -> Trained:
                         'timm.models.save_for_hf writes.') from e
     if not isinstance(model, EmoReg):
         raise _no_affect(f'--model {name}')
+    channels = resolve_model_data_config(model)['input_size'][0]
+    if channels != 3:
+        raise DataError(f'--model {name}: takes images of {channels} channels, and pictures are read as RGB. Give a '
+                        'weight that takes 3.')
     if len(names) != model.num_affect:
         names = tuple(f'affect {i + 1}' for i in range(model.num_affect))
     labels = tuple(model.pretrained_cfg.get('label_names') or ())

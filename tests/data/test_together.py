@@ -123,6 +123,8 @@ def test_an_existing_path_with_a_plus_is_one_set(tmp_path):
     assert stimuli_parts(folder) == (folder,)
     assert load_stimuli(folder).target.names == ('fear', 'joy')
     assert stimuli_parts('ferplus+nemo') == ('ferplus', 'nemo')
+    assert stimuli_parts(f'{folder}+nemo+{folder}') == (folder, 'nemo', folder)
+    assert stimuli_parts(f'nemo+{folder}x') == ('nemo', f'{tmp_path}/joy', 'fearx')  # nothing there of that name
 
 
 @pytest.mark.parametrize(('name', 'options', 'message'), [

@@ -30,9 +30,16 @@ def _own_path(name: str, what: str, known: Sequence[str], kinds: str) -> Path:
 
 
 def stimuli_parts(name: str) -> tuple[str, ...]:
-    """The names between the plus signs of ``'ferplus+nemo'``; one name, the path of something that exists included,
-    stands for itself."""
-    return (name,) if os.path.exists(os.path.expanduser(name)) else tuple(name.split('+'))
+    """The names between the plus signs of ``'ferplus+nemo'``. A path of something that exists may hold plus signs of
+    its own: as many of the pieces as lead to something belong together."""
+    pieces = name.split('+')
+    parts = []
+    while pieces:
+        many = next((n for n in range(len(pieces), 1, -1)
+                     if os.path.exists(os.path.expanduser('+'.join(pieces[:n])))), 1)
+        parts.append('+'.join(pieces[:many]))
+        del pieces[:many]
+    return tuple(parts)
 
 
 def _load_several(name: str, parts: tuple[str, ...], data_dir: str | Path | None, labels: str | None,

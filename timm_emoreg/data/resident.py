@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .sets import DataError, ImageSet
 
-__all__ = ['EpochLoader', 'ResidentLoader', 'resident_bytes']
+__all__ = ['EpochLoader', 'ResidentLoader', 'check_fills_a_batch', 'resident_bytes']
 
 FLIPS = ('none', 'random', 'alternate')
 
@@ -16,6 +16,13 @@ FLIPS = ('none', 'random', 'alternate')
 def resident_bytes(num_images: int, size: tuple[int, int], crop_padding: int = 0) -> int:
     """Memory that a set of `num_images` at `size` (H, W) takes in a `ResidentLoader`."""
     return num_images * 3 * (size[0] + 2 * crop_padding) * (size[1] + 2 * crop_padding)
+
+
+def check_fills_a_batch(images: ImageSet, batch_size: int) -> None:
+    """Raise a `DataError` if a training set is smaller than a batch: there would be nothing to train on."""
+    if len(images) < batch_size:
+        raise DataError(f'{len(images)} images to train on ({", ".join(images.target.names[:3])} ...) are fewer '
+                        f'than one batch of {batch_size}. Use a smaller batch size.')
 
 
 class EpochLoader:
@@ -67,9 +74,8 @@ class EpochLoader:
     ):
         if flip not in FLIPS:
             raise ValueError(f'flip={flip!r} is unknown, expected one of {", ".join(map(repr, FLIPS))}.')
-        if training and len(images) < batch_size * world_size:
-            raise DataError(f'{len(images)} images to train on ({", ".join(images.target.names[:3])} ...) are fewer '
-                            f'than one batch of {batch_size * world_size}. Use a smaller batch size.')
+        if training:
+            check_fills_a_batch(images, batch_size * world_size)
         self.num_images = len(images)
         self.size = tuple(size)
         self.batch_size = batch_size

@@ -1,0 +1,26 @@
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from timm_emoreg import run_folder
+from timm_emoreg.run_folder import BusyError, make_run, read_json, write_file
+
+
+def test_two_runs_that_want_one_name_do_not_share_a_folder(tmp_path, monkeypatch):
+    folder = tmp_path / 'run'
+
+    pid = os.getpid()
+
+    def after_another(path, content):
+        monkeypatch.undo()
+        make_run(folder, {'seed': 0})
+        write_file(path, content)
+
+    monkeypatch.setattr(run_folder, 'write_file', after_another)
+    monkeypatch.setattr(os, 'getpid', lambda: pid + 1)
+    with pytest.raises(BusyError, match=r'exists\. Continue it with --resume .*, or choose another --experiment'):
+        make_run(folder, {'seed': 1})
+    assert read_json(folder / 'args.json') == {'seed': 0}
+    assert os.listdir(tmp_path) == ['run']
