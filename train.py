@@ -797,6 +797,7 @@ def last_good(args) -> Path | None:
 
 
 def main() -> int:
+    sys.stdout.reconfigure(errors='backslashreplace')  # a folder per class may have a name that is no text
     args = parse_args()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: heed(number, args))

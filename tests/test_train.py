@@ -567,6 +567,15 @@ def test_stage_2_is_checked_before_stage_1_is_trained(run, tmp_path, folder):
     assert os.listdir(tmp_path) == []
 
 
+def test_classes_whose_names_are_no_text(run, tmp_path, folder):
+    data = shutil.copytree(folder, tmp_path / 'data')
+    try:
+        (data / 'blue').rename(data / os.fsdecode(b'bl\xe9u'))
+    except OSError:
+        pytest.skip('the file system takes no such names')
+    assert run('--task', 'plain', '--dataset', data, '--epochs', 1)[0] == 0
+
+
 def test_an_existing_run_is_not_overwritten(run, tmp_path, folder):
     (tmp_path / 'run').mkdir()
     status, _, err = run('--task', 'plain', '--dataset', folder)
