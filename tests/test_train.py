@@ -576,6 +576,17 @@ def test_classes_whose_names_are_no_text(run, tmp_path, folder):
     assert run('--task', 'plain', '--dataset', data, '--epochs', 1)[0] == 0
 
 
+def test_ratings_of_one_test_image_cannot_be_judged(run, tmp_path, folder):
+    table = folder / 'few.csv'
+    table.write_text('image,r\n' + ''.join(f'blue/{i}.png,{i}\n' for i in range(9)))
+    try:
+        status, _, err = run('--task', 'affect', '--stimuli', table, '--rating-columns', 'r', '--rating-scale', 0, 9)
+    finally:
+        table.unlink()
+    assert (status, err.partition(',')[0]) == (2, 'train.py: few: has 1 validation and 1 test images'), err
+    assert os.listdir(tmp_path) == []
+
+
 def test_an_existing_run_is_not_overwritten(run, tmp_path, folder):
     (tmp_path / 'run').mkdir()
     status, _, err = run('--task', 'plain', '--dataset', folder)
