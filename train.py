@@ -734,8 +734,8 @@ def run_stage(args, task_name: str, splits, device, experience: Experience | Non
 
 
 def say(args, text: str) -> None:
-    if is_primary(args):
-        print(text, flush=True)
+    if is_primary(args):  # a folder per class may have a name that is no text
+        print(text.encode(errors='backslashreplace').decode(), flush=True)
 
 
 def run(args) -> None:
@@ -801,7 +801,6 @@ def last_good(args) -> Path | None:
 
 
 def main() -> int:
-    sys.stdout.reconfigure(errors='backslashreplace')  # a folder per class may have a name that is no text
     args = parse_args()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: heed(number, args))
