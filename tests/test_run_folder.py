@@ -10,7 +10,6 @@ from timm_emoreg.run_folder import BusyError, make_run, read_json, write_file
 
 def test_two_runs_that_want_one_name_do_not_share_a_folder(tmp_path, monkeypatch):
     folder = tmp_path / 'run'
-
     pid = os.getpid()
 
     def after_another(path, content):
@@ -23,4 +22,10 @@ def test_two_runs_that_want_one_name_do_not_share_a_folder(tmp_path, monkeypatch
     with pytest.raises(BusyError, match=r'exists\. Continue it with --resume .*, or choose another --experiment'):
         make_run(folder, {'seed': 1})
     assert read_json(folder / 'args.json') == {'seed': 0}
+    assert os.listdir(tmp_path) == ['run']
+
+
+def test_what_a_killed_process_left_is_no_obstacle(tmp_path):
+    (tmp_path / f'run.{os.getpid()}.part').mkdir()
+    make_run(tmp_path / 'run', {'seed': 0})
     assert os.listdir(tmp_path) == ['run']

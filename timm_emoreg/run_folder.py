@@ -38,7 +38,7 @@ def make_run(folder: Path, settings: dict) -> None:
     if not folder.exists():
         with writing(folder):
             try:
-                part.mkdir(parents=True)
+                part.mkdir(parents=True, exist_ok=True)  # of a killed one whose number came again, as in containers
                 write_file(part / 'args.json', json.dumps(settings, indent=1))
                 part.rename(folder)
                 return
