@@ -14,12 +14,10 @@ has the same name here. Results go to OUTPUT/EXPERIMENT/TASK: checkpoints, summa
 import argparse
 import json
 import math
-import os
 import signal
 import sys
 import time
 from contextlib import nullcontext
-from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -50,12 +48,11 @@ from timm_emoreg.attention import choose_attention, use_plain_attention
 from timm_emoreg.checkpoint import CheckpointError, load_training_checkpoint, newest_checkpoint, restore_best
 from timm_emoreg.commit import project_commit
 from timm_emoreg.curves import draw_curves
-from timm_emoreg.data import STIMULI, TARGETS, DataError, load_stimuli, load_target, stimuli_parts
+from timm_emoreg.data import TARGETS, DataError, load_stimuli, load_target
 from timm_emoreg.data.controls import fewer_images, predict_rotation, shuffle_labels
 from timm_emoreg.data.loader import choose_kind, make_loader
-from timm_emoreg.data.progressive import SMALLEST, ProgressiveLoader
+from timm_emoreg.data.progressive import ProgressiveLoader
 from timm_emoreg.data.rehearsal import RehearsalLoader
-from timm_emoreg.data.resident import check_fills_a_batch
 from timm_emoreg.emoreg import create_backbone
 from timm_emoreg.experience import (
     Experience,
@@ -64,7 +61,7 @@ from timm_emoreg.experience import (
     released_experience,
     untrained_experience,
 )
-from timm_emoreg.optim import orthogonalize_in_float32, scale_affect_lr
+from timm_emoreg.optim import MUON, orthogonalize_in_float32, scale_affect_lr, usual_recipe
 from timm_emoreg.peak_memory import peak_memory_gb
 from timm_emoreg.precision import autocast_in, choose_precision
 from timm_emoreg.processes import (
@@ -75,7 +72,6 @@ from timm_emoreg.processes import (
     lost_another,
     mean_over_processes,
 )
-from timm_emoreg.regulation import check_regulation
 from timm_emoreg.run_folder import (
     BusyError,
     DamagedError,
@@ -89,17 +85,10 @@ from timm_emoreg.run_folder import (
     write_file,
     writing,
 )
-from timm_emoreg.small_image import LARGEST_SIZE, has_small_image_form, small_image_form
+from timm_emoreg.settings import SettingsError, batch_of_a_step, complete_settings, shapes_stage_1
+from timm_emoreg.small_image import small_image_form
 from timm_emoreg.task import AffectTask, EmoRegTask
-
-# Three steps of Jordan's coefficients (github.com/KellerJordan/cifar10-airbench) take 3/5 of the time of timm's default
-# five, and were better on validation data in the one short run tried.
-MUON = {'ns_steps': 3, 'ns_coefficients': 'original', 'nesterov': True}
-
-LABELS_OF_STAGE_1 = ('stimuli_labels', 'shuffle_stimuli_labels', 'rating_columns')
-# arguments of a timm model that have a flag of their own here
-OWN_FLAGS = {'small_image': '--small-image', 'img_size': '--img-size', 'pretrained': '--pretrained-backbone',
-             'drop_rate': '--drop', 'drop_path_rate': '--drop-path'}
+from timm_emoreg.trainable import ModelError, check_takes, check_takes_one, reason_of
 
 # -- settings ----------------------------------------------------------------------------------------------------------
 
@@ -204,116 +193,11 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     # what is on the command line: a default is only set where there is nothing yet
     given = vars(parser.parse_args(namespace=argparse.Namespace(**dict.fromkeys(vars(args), parser))))
-    given = {name: value for name, value in given.items() if value is not parser}
-    for name in ('experience', 'stimuli', 'stimuli_labels', 'dataset', 'data_dir', 'experiment'):
-        if getattr(args, name) == '':  # a variable of the shell that is not set
-            parser.error(f'--{name.replace("_", "-")}: is empty. Give a value, or leave it out.')
-    for name, known in (('data_dir', ()), ('experience', ()), ('stimuli', STIMULI), ('dataset', TARGETS)):
-        if (value := getattr(args, name)) is not None:  # a resumed run may have another working directory
-            parts = stimuli_parts(value) if name == 'stimuli' else (value,)
-            setattr(args, name, '+'.join(
-                os.path.abspath(part) if part not in known and os.path.exists(part) else part for part in parts))
-
-    if args.resume:
-        if not (args.resume / 'args.json').is_file():
-            parser.error(f'--resume {args.resume}: holds no args.json, so it is no output folder of this script.')
-        free = ('resume', 'device', 'data_dir', 'workers', 'log_interval')
-        if other := sorted(given.keys() - {*free}):
-            parser.error(f'--{other[0].replace("_", "-")}: --resume goes on with the settings of the run. Only '
-                         f'{", ".join("--" + name.replace("_", "-") for name in free[1:])} can be given beside it.')
-        try:
-            saved = read_json(args.resume / 'args.json')
-        except DamagedError as e:
-            parser.error(f'--resume {e}')
-        folder = args.resume.resolve()  # which may have been moved
-        here = {name: getattr(args, name) for name in (*given, 'device')}
-        here |= {'resume': str(folder), 'output': str(folder.parent), 'experiment': folder.name}
-        return argparse.Namespace(**{**vars(args), **saved, **here})
-    if args.seed >= 2 ** 31:
-        parser.error(f'--seed {args.seed}: expected a number below {2 ** 31}.')
-    if args.balance not in ('learned', 'gate'):
-        try:
-            args.balance = float(args.balance)
-        except ValueError:
-            parser.error(f"--balance {args.balance}: expected a number in [0, 1], 'learned' or 'gate'.")
-    if args.task == 'emoreg':
-        try:  # whatever stage 1 will give, its affect response varies
-            check_regulation(args.balance, 2, 'emotion', 'separate' if args.separate_experience else 'shared',
-                             args.balanced_in, args.keep_affect, args.rehearsal)
-        except ValueError as e:
-            parser.error(f'{e}')
-    if args.model == 'emoreg':
-        parser.error('--model emoreg: wraps a backbone. Give the name of that, such as --model convnext_atto.')
-    if not timm.is_model(args.model.split('.')[0]):
-        parser.error(f'--model {args.model}: unknown. timm.list_models() names all, emoreg_* are this package\'s.')
-    name, dot, _ = args.model.partition('.')
-    if dot and name in timm_emoreg.BACKBONES:
-        parser.error(f'--model {args.model}: names a weight. Give --model {name}, and the weight of a stage 1 by '
-                     '--experience.')
-    if args.rehearsal and (args.task != 'emoreg' or not args.stimuli):
-        parser.error(f'--rehearsal {args.rehearsal} shows --stimuli beside the images of --task emoreg: give both.')
-    if args.shuffle_stimuli_labels and args.stimuli_labels == 'rotation':
-        parser.error('--shuffle-stimuli-labels leaves nothing of --stimuli-labels rotation, which is a control of its '
-                     'own. Leave one of them out.')
-    if args.rehearsal and args.grad_checkpointing:
-        parser.error(f'--rehearsal {args.rehearsal}: --grad-checkpointing would run batch norm over the stimuli twice. '
-                     'Leave one of them out.')
-    if args.experience not in (None, 'none') and args.stimuli and not args.rehearsal:
-        parser.error("--experience is stage 1's result and --stimuli runs stage 1: give one of them, or --rehearsal.")
-    if args.experience not in (None, 'none'):
-        labels = () if args.rehearsal else LABELS_OF_STAGE_1
-        if late := [name for name in (*labels, 'affect_epochs') if getattr(args, name)]:
-            parser.error(f"--{late[0].replace('_', '-')} shapes stage 1, and --experience is its result already: leave "
-                         'one of them out.')
-    if args.rating_scale and not args.rating_columns:
-        parser.error(f'--rating-scale {args.rating_scale}: is that of --rating-columns. Give both.')
-    if args.task == 'affect':
-        for flag in ('train_images', 'mixup', 'cutmix'):
-            if getattr(args, flag):
-                parser.error(f'--{flag.replace("_", "-")} {getattr(args, flag)}: is for a classification, and --task '
-                             'affect trains on stimuli. Leave it out.')
-    if args.experience and args.task == 'affect':
-        parser.error('--task affect makes an experience and takes none: leave --experience out.')
-    for name in ('model_kwargs', 'opt_kwargs'):
-        try:
-            json.dumps(getattr(args, name))
-        except (TypeError, ValueError) as e:
-            parser.error(f'--{name.replace("_", "-")} {getattr(args, name)}: cannot be kept with the settings ({e}). '
-                         'Use numbers, strings and lists.')
-    for name, flag in OWN_FLAGS.items():
-        if name in args.model_kwargs:
-            parser.error(f'--model-kwargs {name}={args.model_kwargs[name]}: use {flag} instead.')
-    if args.model_kwargs.get('in_chans', 3) != 3:
-        parser.error(f'--model-kwargs in_chans={args.model_kwargs["in_chans"]}: all images are trained on as RGB. '
-                     'Leave it out.')
-    if args.opt_kwargs and not args.opt:
-        parser.error(f'--opt-kwargs {args.opt_kwargs}: belong to one optimizer. Give --opt, too.')
-    if args.opt:
-        try:  # one step of a small matrix, before anything is written
-            weight = torch.nn.Parameter(torch.ones(8, 8))
-            weight.grad = torch.ones(8, 8)
-            create_optimizer_v2([weight], opt=args.opt, lr=1.0, momentum=args.momentum, weight_decay=0.1,
-                                **args.opt_kwargs).step()
-        except (RuntimeError, TypeError, ValueError) as e:
-            parser.error(f'--opt {args.opt}, --opt-kwargs {args.opt_kwargs}: {e}. timm.optim.list_optimizers() names '
-                         'the optimizers.')
-    args.backbone = timm_emoreg.BACKBONES.get(args.model, args.model)
-    main_set = (args.stimuli or 'emoji') if args.task == 'affect' else args.dataset
-    small = all(part in ('cifar10', 'cifar100', *STIMULI) for part in stimuli_parts(main_set))
-    args.img_size = args.img_size or (32 if small else 224)
-    if args.start_img_size is not None:
-        if not SMALLEST <= args.start_img_size <= args.img_size:
-            parser.error(f'--start-img-size {args.start_img_size}: expected {SMALLEST} to {args.img_size}, '
-                         'the --img-size.')
-        if timm.get_pretrained_cfg(args.backbone).fixed_input_size:
-            parser.error(f'--start-img-size {args.start_img_size}: {args.backbone} takes images of one size only. '
-                         'Leave it out, or use a --model that takes any, such as a ResNet.')
-    if args.small_image is None:
-        args.small_image = args.img_size <= LARGEST_SIZE and has_small_image_form(args.backbone)
-    stamp = datetime.now().strftime('%Y%m%d-%H%M%S')
-    args.experiment = args.experiment or f'{stamp}-{args.model}-{Path(main_set).name}'
-    args.output, args.resume = str(args.output), None
-    return args
+    given = [name for name, value in given.items() if value is not parser]
+    try:
+        return complete_settings(args, given)
+    except SettingsError as e:
+        parser.error(str(e))
 
 
 # -- data and model ----------------------------------------------------------------------------------------------------
@@ -336,40 +220,6 @@ def stimuli_of(args):
 def target_of(args):
     splits = load_target(args.dataset, args.data_dir)
     return fewer_images(splits, args.train_images, args.seed) if args.train_images else splits
-
-
-def batch_of_a_step(args, task_name: str, splits, stimuli=None) -> int:
-    """Images a step and process of a stage, where they make up one update an epoch at least; refused otherwise."""
-    whole_batch = args.batch_size or (128 if len(splits.train) >= 10_000 else 64)
-    shares = args.world_size * args.grad_accum_steps
-    batch_size = whole_batch // shares
-    if not batch_size:
-        raise DataError(f'--batch-size {whole_batch}: {args.world_size} processes with {args.grad_accum_steps} '
-                        f'accumulation steps each share it out. Use at least {shares}, or a smaller '
-                        '--grad-accum-steps.')
-    felt = splits if task_name == 'affect' else stimuli
-    if felt is not None and felt.target.kind == 'ratings' and batch_size < 2:
-        raise DataError(f'1 - CCC needs 2 images or more a step, --batch-size {whole_batch} gives {batch_size} a '
-                        f'process and accumulation step. Use at least {2 * shares}.')
-    if task_name != 'affect' and max(args.mixup, args.cutmix) > 0 and batch_size % 2:
-        raise DataError(f'--mixup and --cutmix mix the images of a step in pairs, --batch-size {whole_batch} gives '
-                        f'{batch_size} a process and accumulation step. Use a number that makes it even.')
-    for shown in (splits, *([stimuli] if stimuli else [])):
-        check_fills_a_batch(shown.train, batch_size * args.world_size)
-    batches = len(splits.train) // (batch_size * args.world_size)
-    if batches < args.grad_accum_steps:
-        raise DataError(f'--grad-accum-steps {args.grad_accum_steps}: an epoch of {splits.name} has {batches} batches, '
-                        'and no update. Use fewer steps, or a smaller --batch-size.')
-    return batch_size
-
-
-class ModelError(ValueError):
-    """Settings under which the model cannot be built."""
-
-
-def reason_of(error: Exception) -> str:
-    """The first line of a message, or the error's type: an assertion may have none."""
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip('.')
 
 
 def build_model(args, task: str, splits, experience: Experience | None):
@@ -395,23 +245,6 @@ def build_model(args, task: str, splits, experience: Experience | None):
     if experience.state_dict:
         model.load_experience(experience.state_dict)
     return model
-
-
-@torch.no_grad()
-def check_takes(model, flag: str, args) -> None:
-    """Refuse a size of images at which the model's layers leave nothing to pool, before anything is trained."""
-    size = getattr(args, flag)
-    try:
-        model.eval()(torch.zeros(1, 3, size, size, device=args.device))
-    except (AssertionError, RuntimeError) as e:
-        raise ModelError(f'--{flag.replace("_", "-")} {size}: {args.model} takes no images of that size '
-                         f'({reason_of(e)}). Use a larger one, or leave it out.') from e
-
-
-def shapes_stage_1(args) -> bool:
-    """Whether the settings ask for a stage 1 of their own, rather than for a released one."""
-    names = ('stimuli', *LABELS_OF_STAGE_1, 'affect_epochs', 'pretrained_backbone', 'model_kwargs')
-    return any(getattr(args, name) for name in names) or args.dataset == 'emoji'  # which shows both stages
 
 
 def build_task(args, task: str, model, splits, soft_targets: bool, device, stimuli):
@@ -554,9 +387,12 @@ def run_stage(args, task_name: str, splits, device, experience: Experience | Non
     model.to(device)
     if args.channels_last:
         model.to(memory_format=torch.channels_last)
-    check_takes(model, 'img_size', args)
+    check_takes(model, args.model, '--img-size', args.img_size, device)
     if args.start_img_size is not None:
-        check_takes(model, 'start_img_size', args)
+        check_takes(model, args.model, '--start-img-size', args.start_img_size, device)
+    size, batch_size = (args.img_size, args.img_size), batch_of_a_step(args, task_name, splits, stimuli)
+    if batch_size == 1 and not (args.sync_bn and args.distributed):
+        check_takes_one(model, args.model, args.start_img_size or args.img_size, device)
     if args.sync_bn and args.distributed:
         model = convert_sync_batchnorm(model)  # timm's own, which keeps the activation that many of its layers hold
     mix = task_name != 'affect' and max(args.mixup, args.cutmix) > 0
@@ -572,8 +408,6 @@ def run_stage(args, task_name: str, splits, device, experience: Experience | Non
         task.prepare_distributed(device_ids=[device] if device.type == 'cuda' else None)
 
     # data
-    size, batch_size = (args.img_size, args.img_size), batch_of_a_step(args, task_name, splits, stimuli)
-
     def choose() -> dict[str, str]:  # by what is fast and free here now, so it must not be chosen again
         shown = {'loader': splits} | ({'stimuli_loader': stimuli} if stimuli else {})
         precision = choose_precision(device, args.amp_dtype if args.amp else None)
@@ -599,21 +433,13 @@ def run_stage(args, task_name: str, splits, device, experience: Experience | Non
 
     # recipe
     epochs = args.affect_epochs or args.epochs if task_name == 'affect' else args.epochs
-    # Short runs hardly start under SGD at the rates that suit long ones; AdamW and Muon learn at once. A ViT learns
-    # stage 1 better with Muon, and then stage 2 worse (hub_cards/study).
-    opt = args.opt or ('adamw' if task_name == 'affect' else 'muon')
-    # The length of Muon's updates depends neither on the gradient nor on the batch: 0.02 and 0.03 were best for ResNet
-    # at 256 and 64 images. Without batch norm the length of the weights matters, and ViT stood still at 0.02.
-    muon_lr = 0.02 if any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in model.modules()) else 0.005
-    usual_lr, usual_decay = {'sgd': (0.1, 5e-4), 'momentum': (0.1, 5e-4), 'muon': (muon_lr, 0.01)}.get(
-        opt, (1e-3, 0.05))
-    lr = args.lr or usual_lr * (1 if opt == 'muon' else whole_batch / 128)
-    weight_decay = usual_decay if args.weight_decay is None else args.weight_decay
-    opt_kwargs = args.opt_kwargs or (MUON if opt == 'muon' else {})
+    recipe = {'batch_size': whole_batch} | usual_recipe(model, task_name, args.opt, whole_batch)
+    recipe |= {name: value for name in ('lr', 'weight_decay', 'opt_kwargs')
+               if (value := getattr(args, name)) not in (None, {})}
+    opt, lr = recipe['opt'], recipe['lr']
     updates = len(train_loader) // args.grad_accum_steps
-    recipe = {'batch_size': whole_batch, 'opt': opt, 'lr': lr, 'weight_decay': weight_decay, 'opt_kwargs': opt_kwargs}
-    optimizer = create_optimizer_v2(model, opt=opt, lr=lr, weight_decay=weight_decay, momentum=args.momentum,
-                                    layer_decay=args.layer_decay, **opt_kwargs)
+    optimizer = create_optimizer_v2(model, opt=opt, lr=lr, weight_decay=recipe['weight_decay'], momentum=args.momentum,
+                                    layer_decay=args.layer_decay, **recipe['opt_kwargs'])
     if task_name == 'emoreg' and args.affect_lr_scale != 1:
         scale_affect_lr(optimizer, unwrap_model(model), args.affect_lr_scale)
     scheduler, _ = create_scheduler_v2(

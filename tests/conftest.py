@@ -113,15 +113,27 @@ def colours(tmp_path_factory) -> Path:
     return root
 
 
+def load_train():
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location('train', Path(__file__).parents[1] / 'train.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def train():
+    """train.py as a module."""
+    return load_train()
+
+
 @pytest.fixture(scope='session')
 def trained_run(colours, tmp_path_factory) -> Path:
     """Both stages as train.py leaves them; the emotions are the colours."""
-    import importlib.util
     import signal
 
-    spec = importlib.util.spec_from_file_location('train', Path(__file__).parents[1] / 'train.py')
-    train = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(train)
+    train = load_train()
     output = tmp_path_factory.mktemp('output')
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     with pytest.MonkeyPatch.context() as patch:

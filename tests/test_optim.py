@@ -7,7 +7,7 @@ from timm.optim import create_optimizer_v2, muon
 from timm.scheduler import create_scheduler_v2
 
 import timm_emoreg  # noqa: F401  registers the models
-from timm_emoreg.optim import orthogonalize_in_float32, scale_affect_lr
+from timm_emoreg.optim import MUON, orthogonalize_in_float32, scale_affect_lr, usual_recipe
 
 AFFECT = ('head_affect.', 'modulation.', 'regulation.')
 
@@ -106,3 +106,16 @@ def test_muon_orthogonalizes_in_float32_only_while_that_optimizer_steps(opt, mon
     wide, narrow = torch.float32, torch.bfloat16
     assert types == ([] if opt == 'sgd' else [wide, narrow, wide])
     assert muon.zeropower_via_newtonschulz is watched
+
+
+@pytest.mark.parametrize(('name', 'task', 'opt', 'recipe'), [
+    ('test_resnet', 'affect', None, ('adamw', 5e-4, 0.05, {})),  # 64 images
+    ('test_resnet', 'emoreg', None, ('muon', 0.02, 0.01, MUON)),
+    ('test_vit', 'plain', None, ('muon', 0.005, 0.01, MUON)),
+    ('test_vit', 'affect', 'muon', ('muon', 0.005, 0.01, MUON)),
+    ('test_resnet', 'plain', 'sgd', ('sgd', 0.05, 5e-4, {})),
+    ('test_resnet', 'plain', 'lamb', ('lamb', 5e-4, 0.05, {})),
+])
+def test_the_usual_recipe(name, task, opt, recipe):
+    found = usual_recipe(timm.create_model(name), task, opt, 64)
+    assert tuple(found[key] for key in ('opt', 'lr', 'weight_decay', 'opt_kwargs')) == recipe

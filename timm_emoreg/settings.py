@@ -1,0 +1,233 @@
+"""Settings of train.py: what contradicts what, what follows from others, and what the data must hold for them.
+
+A wrong setting is refused before anything is trained or written.
+"""
+from __future__ import annotations
+
+import json
+import os
+from argparse import Namespace
+from collections.abc import Collection
+from datetime import datetime
+from pathlib import Path
+
+import timm
+import torch
+from timm.optim import create_optimizer_v2
+
+from . import BACKBONES
+from .data import STIMULI, TARGETS, DataError, Splits, stimuli_parts
+from .data.progressive import SMALLEST
+from .data.resident import check_fills_a_batch
+from .regulation import check_regulation
+from .run_folder import DamagedError, read_json
+from .small_image import LARGEST_SIZE, has_small_image_form
+
+__all__ = ['SettingsError', 'batch_of_a_step', 'complete_settings', 'shapes_stage_1']
+
+LABELS_OF_STAGE_1 = ('stimuli_labels', 'shuffle_stimuli_labels', 'rating_columns')
+# arguments of a timm model that have a flag of their own
+OWN_FLAGS = {'small_image': '--small-image', 'img_size': '--img-size', 'pretrained': '--pretrained-backbone',
+             'drop_rate': '--drop', 'drop_path_rate': '--drop-path'}
+FREE_ON_RESUME = ('device', 'data_dir', 'workers', 'log_interval')
+
+
+class SettingsError(ValueError):
+    """Settings that cannot be trained with."""
+
+
+def flag(name: str) -> str:
+    return '--' + name.replace('_', '-')
+
+
+def complete_settings(args: Namespace, given: Collection[str]) -> Namespace:
+    """The settings that a run is trained with, from those of its command line.
+
+    Args:
+        args: What train.py's parser gives.
+        given: The names that the command line has.
+
+    Returns:
+        Those of the saved run with ``--resume``. Otherwise `args`, with paths made absolute and the balance a number
+        where it is one, and with `backbone` (timm's name of it), `img_size`, `small_image` and `experiment`.
+
+    Raises:
+        SettingsError: If one setting is out of its range, unknown or contradicts another one, or if the run to resume
+            is none.
+    """
+    for name in ('experience', 'stimuli', 'stimuli_labels', 'dataset', 'data_dir', 'experiment'):
+        if getattr(args, name) == '':  # a variable of the shell that is not set
+            raise SettingsError(f'{flag(name)}: is empty. Give a value, or leave it out.')
+    for name, known in (('data_dir', ()), ('experience', ()), ('stimuli', STIMULI), ('dataset', TARGETS)):
+        if (value := getattr(args, name)) is not None:  # a resumed run may have another working directory
+            parts = stimuli_parts(value) if name == 'stimuli' else (value,)
+            setattr(args, name, '+'.join(
+                os.path.abspath(part) if part not in known and os.path.exists(part) else part for part in parts))
+    if args.resume:
+        return _of_saved_run(args, given)
+
+    _check_method(args)
+    _check_model(args)
+    _check_stages(args)
+    _check_recipe(args)
+
+    args.backbone = BACKBONES.get(args.model, args.model)
+    main_set = (args.stimuli or 'emoji') if args.task == 'affect' else args.dataset
+    small = all(part in ('cifar10', 'cifar100', *STIMULI) for part in stimuli_parts(main_set))
+    args.img_size = args.img_size or (32 if small else 224)
+    if args.start_img_size is not None:
+        if not SMALLEST <= args.start_img_size <= args.img_size:
+            raise SettingsError(f'--start-img-size {args.start_img_size}: expected {SMALLEST} to {args.img_size}, '
+                                'the --img-size.')
+        if timm.get_pretrained_cfg(args.backbone).fixed_input_size:
+            raise SettingsError(f'--start-img-size {args.start_img_size}: {args.backbone} takes images of one size '
+                                'only. Leave it out, or use a --model that takes any, such as a ResNet.')
+    if args.small_image is None:
+        args.small_image = args.img_size <= LARGEST_SIZE and has_small_image_form(args.backbone)
+    stamp = datetime.now().strftime('%Y%m%d-%H%M%S')
+    args.experiment = args.experiment or f'{stamp}-{args.model}-{Path(main_set).name}'
+    args.output, args.resume = str(args.output), None
+    return args
+
+
+def _of_saved_run(args: Namespace, given: Collection[str]) -> Namespace:
+    if not (args.resume / 'args.json').is_file():
+        raise SettingsError(f'--resume {args.resume}: holds no args.json, so it is no output folder of this script.')
+    if other := sorted({*given} - {'resume', *FREE_ON_RESUME}):
+        raise SettingsError(f'{flag(other[0])}: --resume goes on with the settings of the run. Only '
+                            f'{", ".join(map(flag, FREE_ON_RESUME))} can be given beside it.')
+    try:
+        saved = read_json(args.resume / 'args.json')
+    except DamagedError as e:
+        raise SettingsError(f'--resume {e}') from e
+    folder = args.resume.resolve()  # which may have been moved
+    here = {name: getattr(args, name) for name in (*given, 'device')}
+    here |= {'resume': str(folder), 'output': str(folder.parent), 'experiment': folder.name}
+    return Namespace(**{**vars(args), **saved, **here})
+
+
+def _check_method(args: Namespace) -> None:
+    """Seed, balance and the other choices of regulation."""
+    if args.seed >= 2 ** 31:
+        raise SettingsError(f'--seed {args.seed}: expected a number below {2 ** 31}.')
+    if args.balance not in ('learned', 'gate'):
+        try:
+            args.balance = float(args.balance)
+        except ValueError:
+            raise SettingsError(f"--balance {args.balance}: expected a number in [0, 1], 'learned' or 'gate'."
+                                ) from None
+    if args.task == 'emoreg':
+        try:  # whatever stage 1 will give, its affect response varies
+            check_regulation(args.balance, 2, 'emotion', 'separate' if args.separate_experience else 'shared',
+                             args.balanced_in, args.keep_affect, args.rehearsal)
+        except ValueError as e:
+            raise SettingsError(str(e)) from e
+
+
+def _check_model(args: Namespace) -> None:
+    if args.model == 'emoreg':
+        raise SettingsError('--model emoreg: wraps a backbone. Give the name of that, such as --model convnext_atto.')
+    if not timm.is_model(args.model.split('.')[0]):
+        raise SettingsError(f'--model {args.model}: unknown. timm.list_models() names all, emoreg_* are this '
+                            "package's.")
+    name, dot, _ = args.model.partition('.')
+    if dot and name in BACKBONES:
+        raise SettingsError(f'--model {args.model}: names a weight. Give --model {name}, and the weight of a stage 1 '
+                            'by --experience.')
+    for name, own in OWN_FLAGS.items():
+        if name in args.model_kwargs:
+            raise SettingsError(f'--model-kwargs {name}={args.model_kwargs[name]}: use {own} instead.')
+    if args.model_kwargs.get('in_chans', 3) != 3:
+        raise SettingsError(f'--model-kwargs in_chans={args.model_kwargs["in_chans"]}: all images are trained on as '
+                            'RGB. Leave it out.')
+
+
+def _check_stages(args: Namespace) -> None:
+    """Which stage runs, and on what."""
+    if args.rehearsal and (args.task != 'emoreg' or not args.stimuli):
+        raise SettingsError(f'--rehearsal {args.rehearsal} shows --stimuli beside the images of --task emoreg: give '
+                            'both.')
+    if args.shuffle_stimuli_labels and args.stimuli_labels == 'rotation':
+        raise SettingsError('--shuffle-stimuli-labels leaves nothing of --stimuli-labels rotation, which is a control '
+                            'of its own. Leave one of them out.')
+    if args.rehearsal and args.grad_checkpointing:
+        raise SettingsError(f'--rehearsal {args.rehearsal}: --grad-checkpointing would run batch norm over the stimuli '
+                            'twice. Leave one of them out.')
+    if args.experience not in (None, 'none'):
+        if args.stimuli and not args.rehearsal:
+            raise SettingsError("--experience is stage 1's result and --stimuli runs stage 1: give one of them, or "
+                                '--rehearsal.')
+        labels = () if args.rehearsal else LABELS_OF_STAGE_1
+        if late := [name for name in (*labels, 'affect_epochs') if getattr(args, name)]:
+            raise SettingsError(f'{flag(late[0])} shapes stage 1, and --experience is its result already: leave one '
+                                'of them out.')
+    if args.rating_scale and not args.rating_columns:
+        raise SettingsError(f'--rating-scale {args.rating_scale}: is that of --rating-columns. Give both.')
+    if args.task == 'affect':
+        for name in ('train_images', 'mixup', 'cutmix'):
+            if getattr(args, name):
+                raise SettingsError(f'{flag(name)} {getattr(args, name)}: is for a classification, and --task affect '
+                                    'trains on stimuli. Leave it out.')
+        if args.experience:
+            raise SettingsError('--task affect makes an experience and takes none: leave --experience out.')
+
+
+def _check_recipe(args: Namespace) -> None:
+    for name in ('model_kwargs', 'opt_kwargs'):
+        try:
+            json.dumps(getattr(args, name))
+        except (TypeError, ValueError) as e:
+            raise SettingsError(f'{flag(name)} {getattr(args, name)}: cannot be kept with the settings ({e}). Use '
+                                'numbers, strings and lists.') from e
+    if args.opt_kwargs and not args.opt:
+        raise SettingsError(f'--opt-kwargs {args.opt_kwargs}: belong to one optimizer. Give --opt, too.')
+    if args.opt:
+        try:  # one step of a small matrix
+            weight = torch.nn.Parameter(torch.ones(8, 8))
+            weight.grad = torch.ones(8, 8)
+            create_optimizer_v2([weight], opt=args.opt, lr=1.0, momentum=args.momentum, weight_decay=0.1,
+                                **args.opt_kwargs).step()
+        except (RuntimeError, TypeError, ValueError) as e:
+            raise SettingsError(f'--opt {args.opt}, --opt-kwargs {args.opt_kwargs}: {e}. '
+                                'timm.optim.list_optimizers() names the optimizers.') from e
+
+
+def shapes_stage_1(args: Namespace) -> bool:
+    """Whether the settings ask for a stage 1 of their own, rather than for a released one."""
+    names = ('stimuli', *LABELS_OF_STAGE_1, 'affect_epochs', 'pretrained_backbone', 'model_kwargs')
+    return any(getattr(args, name) for name in names) or args.dataset == 'emoji'  # which shows both stages
+
+
+def batch_of_a_step(args: Namespace, task: str, splits: Splits, stimuli: Splits | None = None) -> int:
+    """Images a step and process of a stage.
+
+    Args:
+        args: The settings, with `world_size`.
+        task: 'affect', 'emoreg' or 'plain'.
+        splits: What the stage trains on.
+        stimuli: What it rehearses.
+
+    Raises:
+        DataError: If they do not make up one update an epoch, or if their number does not suit the loss.
+    """
+    whole_batch = args.batch_size or (128 if len(splits.train) >= 10_000 else 64)
+    shares = args.world_size * args.grad_accum_steps
+    batch_size = whole_batch // shares
+    if not batch_size:
+        raise DataError(f'--batch-size {whole_batch}: {args.world_size} processes with {args.grad_accum_steps} '
+                        f'accumulation steps each share it out. Use at least {shares}, or a smaller '
+                        '--grad-accum-steps.')
+    felt = splits if task == 'affect' else stimuli
+    if felt is not None and felt.target.kind == 'ratings' and batch_size < 2:
+        raise DataError(f'1 - CCC needs 2 images or more a step, --batch-size {whole_batch} gives {batch_size} a '
+                        f'process and accumulation step. Use at least {2 * shares}.')
+    if task != 'affect' and max(args.mixup, args.cutmix) > 0 and batch_size % 2:
+        raise DataError(f'--mixup and --cutmix mix the images of a step in pairs, --batch-size {whole_batch} gives '
+                        f'{batch_size} a process and accumulation step. Use a number that makes it even.')
+    for shown in (splits, *([stimuli] if stimuli else [])):
+        check_fills_a_batch(shown.train, batch_size * args.world_size)
+    batches = len(splits.train) // (batch_size * args.world_size)
+    if batches < args.grad_accum_steps:
+        raise DataError(f'--grad-accum-steps {args.grad_accum_steps}: an epoch of {splits.name} has {batches} batches, '
+                        'and no update. Use fewer steps, or a smaller --batch-size.')
+    return batch_size

@@ -1,0 +1,55 @@
+"""Whether a model can be trained on images of a size and in steps of a length, seen before anything is trained."""
+from __future__ import annotations
+
+from copy import deepcopy
+
+import torch
+from torch import nn
+
+__all__ = ['ModelError', 'check_takes', 'check_takes_one', 'reason_of']
+
+
+class ModelError(ValueError):
+    """Settings under which the model cannot be built or trained."""
+
+
+def reason_of(error: Exception) -> str:
+    """The first line of a message, or the error's type: an assertion may have none."""
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip('.')
+
+
+@torch.no_grad()
+def check_takes(model: nn.Module, name: str, flag: str, size: int, device: torch.device) -> None:
+    """Refuse a size of images at which the model's layers leave nothing to pool.
+
+    Args:
+        model: On `device`; it is in evaluation mode afterwards.
+        name: What the user calls it.
+        flag: The flag that gave the size.
+        size: Side of the images in pixels.
+        device: Where the model is.
+
+    Raises:
+        ModelError: If the model does not take them.
+    """
+    try:
+        model.eval()(torch.zeros(1, 3, size, size, device=device))
+    except (AssertionError, RuntimeError) as e:
+        raise ModelError(f'{flag} {size}: {name} takes no images of that size ({reason_of(e)}). Use a larger one, or '
+                         'leave it out.') from e
+
+
+@torch.no_grad()
+def check_takes_one(model: nn.Module, name: str, size: int, device: torch.device) -> None:
+    """Refuse steps of one image for a model whose batch norm would have a single value a channel to normalise by.
+
+    The arguments are those of `check_takes`.
+
+    Raises:
+        ModelError: If it has.
+    """
+    try:
+        deepcopy(model).train()(torch.zeros(1, 3, size, size, device=device))  # its running statistics change
+    except ValueError as e:
+        raise ModelError(f'--batch-size: leaves one image a step, and batch norm of {name} has one value a channel '
+                         f'there ({reason_of(e)}). Use a larger one.') from e
