@@ -210,10 +210,7 @@ def stimuli_of(args):
                           **options)
     if rotation:
         splits = predict_rotation(splits, args.seed)
-    judged = len(splits.validation), len(splits.test)
-    if splits.target.kind == 'ratings' and min(judged) < 2:
-        raise DataError(f'{splits.name}: has {judged[0]} validation and {judged[1]} test images, and CCC, by which '
-                        'ratings are judged, is that of 2 or more. Add images.')
+    splits.check_judges_ratings()
     return shuffle_labels(splits, args.seed) if args.shuffle_stimuli_labels else splits
 
 

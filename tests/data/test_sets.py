@@ -109,3 +109,13 @@ def test_splits_summary_and_empty_part():
     assert splits.target is AB
     with pytest.raises(DataError, match="toy: the part 'validation' holds no image"):
         Splits('toy', data, data.subset([]), data, 'free')
+
+
+def test_a_rating_that_does_not_vary_is_no_judge():
+    ratings = torch.tensor([[-1.0, 0.5], [0.0, 0.5], [1.0, 0.0]])
+    data = ImageSet(np.zeros((3, 2, 2, 3), np.uint8), ratings, Target('ratings', ('valence', 'arousal'), 1, 9))
+    Splits('toy', data, data, data, 'free').check_judges_ratings()
+    with pytest.raises(DataError, match=r'^toy: arousal is 7 in all of the test part \(2 images\), and CCC, by which '):
+        Splits('toy', data, data, data.subset([0, 1]), 'free').check_judges_ratings()
+    with pytest.raises(DataError, match=r'^toy: valence is 1 in all of the validation part \(1 image\), and CCC'):
+        Splits('toy', data, data.subset([0]), data, 'free').check_judges_ratings()

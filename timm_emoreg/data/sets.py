@@ -181,6 +181,22 @@ class Splits:
         """The meaning of the targets, the same in all three parts."""
         return self.train.target
 
+    def check_judges_ratings(self) -> None:
+        """Refuse ratings by which nothing can be judged: CCC compares how predictions and ratings vary.
+
+        Raises:
+            DataError: If a rating is the same for all images of the validation or test part.
+        """
+        if self.target.kind != 'ratings':
+            return
+        for part, images in (('validation', self.validation), ('test', self.test)):
+            for name, ratings in zip(self.target.names, images.targets.T, strict=True):
+                if ratings.min() == ratings.max():
+                    value, n = self.target.denormalise(ratings[0]), len(images)
+                    raise DataError(f'{self.name}: {name} is {value:g} in all of the {part} part ({n} image'
+                                    f'{"s"[:n > 1]}), and CCC, by which ratings are judged, compares how they vary. '
+                                    'Add images, or leave this rating out.')
+
     def digest(self) -> str:
         """What a run that goes on must find again: the targets, their meaning, and which image is in which part.
 
