@@ -10,6 +10,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from timm_emoreg import study, study_grid
 from timm_emoreg.study import Study, hold, main
@@ -205,7 +206,7 @@ def test_time_left_is_that_of_like_runs(run, tmp_path, monkeypatch):
     plain, first, init, random = study.plan(args)[0]
     assert parts.seconds_left([plain]) == 15  # 30 s a run, two at a time
     assert parts.seconds_left([first]) == 2 * 2 / 2
-    monkeypatch.setattr(study_grid, 'stimuli_images', lambda name, data_dir: {'emoji': 1278, 'oasis': 639}[name])
+    monkeypatch.setattr(study_grid, 'stimuli_images', lambda name, *_: {'emoji': 1278, 'oasis': 639}[name])
     assert parts.seconds_left([dataclasses.replace(first, stimuli='oasis')]) == 2 * 2 / 2 / 2  # half the images
     assert parts.seconds_left([init]) == 3
     assert parts.seconds_left([random]) == pytest.approx(3 * (10 + 2) / 2 / 2)  # the median of the target's
@@ -222,6 +223,8 @@ def test_time_left_is_that_of_like_runs(run, tmp_path, monkeypatch):
     (('--train-images', '1e3'), "--train-images 1e3: expected a number of images, or 'all'."),
     (('--jobs', '0'), '--jobs 0: expected 1 or more'),
     (('--affect-epochs', '0'), '--affect-epochs 0: expected 1 or more'),
+    (('--stimuli', __file__), '--rating-scale None: a csv needs both of these, and nothing else has them'),
+    (('--rating-columns', 'joy', '--rating-scale', '1', '7'), '--stimuli emoji, --rating-columns [\'joy\'], --rating'),
     (('--affect-flags', '--lr 1 --seed 3'), '--seed: is set by the study'),
     (('--train-script', 'nowhere.py'), 'nowhere.py: there is no training script'),
     (('--', '--epochs=3'), '--epochs=3: is set by the study'),
@@ -282,6 +285,19 @@ def test_runs_that_would_be_compared_have_one_recipe(run, tmp_path):
         assert (status, message in err) == (2, True), err
     assert run(*arms[:-1], 1)[0] == 0
     assert run('--train-images', 2000, '--epochs', 9, '--affect-epochs', 3, *arms)[0] == 0  # of another setting
+
+
+def test_a_csv_as_stimuli(run, tmp_path):
+    lines = [f'{i}.png,{i % 5},{i}' for i in range(50)]
+    (tmp_path / 'own.csv').write_text('\n'.join(['image,joy,age', *lines]))
+    for i in range(50):
+        Image.new('RGB', (8, 8)).save(tmp_path / f'{i}.png')
+    csv = ('--stimuli', tmp_path / 'own.csv', '--rating-scale', 0, 50, '--rating-columns')
+    assert run(*csv, 'joy', '--arms', 'regulated', 'plain+', '--affect-epochs', 25, '--seeds', 0)[0] == 0
+    assert {row['epochs'] for row in read_rows(tmp_path / 's/results.csv')} == {'3', str(3 + 1)}  # 25 x 40 of 1,000
+    status, _, err = run(*csv, 'age', '--arms', 'regulated', '--affect-epochs', 25, '--seeds', 1)
+    assert status == 2
+    assert 'affect_s1 has the ratings "--rating-columns age --rating-scale 0 50", and ' in err
 
 
 def test_flags_of_a_run_that_never_began_can_be_corrected(run, tmp_path):

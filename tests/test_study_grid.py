@@ -7,20 +7,20 @@ import pytest
 
 from timm_emoreg import study_grid
 from timm_emoreg.data import DataError
-from timm_emoreg.study_grid import ARMS, CONTENT, StudyError, parse_arm, plan
+from timm_emoreg.study_grid import ARMS, CONTENT, Ratings, StudyError, parse_arm, plan
 
 
 @pytest.fixture
 def grid(monkeypatch):
     """Calls `plan` with a small grid; `plain+` sees sets of known sizes."""
-    monkeypatch.setattr(study_grid, 'stimuli_images', lambda name, data_dir: {'emoji': 1300, 'ferplus': 28_000}[name])
+    monkeypatch.setattr(study_grid, 'stimuli_images', lambda name, *_: {'emoji': 1300, 'ferplus': 28_000}[name])
     monkeypatch.setattr(study_grid, 'target_images', lambda name, data_dir: 45_000)
 
     def call(**changes):
         return plan(argparse.Namespace(**{
             'models': ['resnet10t'], 'stimuli': ['ferplus'], 'targets': ['cifar10'], 'train_images': ['1000'],
             'arms': list(ARMS), 'seeds': [0], 'epochs': 20, 'affect_epochs': 5, 'data_dir': None, 'flags': [],
-            'affect_flags': [], 'target_flags': [], **changes}))
+            'affect_flags': [], 'target_flags': [], 'rating_columns': None, 'rating_scale': None, **changes}))
     return call
 
 
@@ -109,6 +109,19 @@ def test_stage_1_and_plain_are_shared(grid):
     assert sharing == {'shuffled', 'init:shuffled'}
 
 
+def test_the_ratings_of_a_csv_go_to_the_runs_that_see_it(grid, tmp_path):
+    table = tmp_path / 'own.csv'
+    table.touch()
+    rated = ('--rating-columns', 'valence', 'arousal', '--rating-scale', '1', '9')
+    runs, notes = grid(arms=['plain', 'regulated', 'shuffled', 'content', 'random', 'regulated:rehearsal=1'],
+                       stimuli=[str(table), 'emoji'], rating_columns=['valence', 'arousal'], rating_scale=[1.0, 9.0])
+    assert notes == [f'content: skipped for {table}, which has only affective labels.']
+    seen = {run.key: study_grid.rating_flags(run.flags) for run in runs}
+    assert {key for key, flags in seen.items() if flags} == {f'resnet10t_own.csv_{name}_s0' for name in (
+        'affect', 'affect.shuffled', 'cifar10_1000_random', 'cifar10_1000_regulated.rehearsal=1')}
+    assert {flags for flags in seen.values() if flags} == {rated}
+
+
 @pytest.mark.parametrize(('stimuli', 'images', 'epochs'), [
     ('ferplus', '1000', 20 + 140), ('ferplus', 'all', 20 + 3), ('emoji', '1000', 20 + 6)])
 def test_plain_plus_sees_as_many_images_more_as_stage_1(grid, stimuli, images, epochs):
@@ -118,7 +131,7 @@ def test_plain_plus_sees_as_many_images_more_as_stage_1(grid, stimuli, images, e
 
 
 def test_sizes_are_those_of_the_sets():
-    assert study_grid.stimuli_images('emoji', None) == len(study_grid.load_stimuli('emoji').train)
+    assert study_grid.stimuli_images('emoji', None, Ratings()) == len(study_grid.load_stimuli('emoji').train)
     assert study_grid.target_images('emoji', None) == len(study_grid.load_target('emoji').train)
 
 

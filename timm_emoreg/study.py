@@ -44,7 +44,20 @@ import timm_emoreg
 from .data import STIMULI, TARGETS, DataError, stimuli_parts
 from .data.choices import unknown_choice
 from .run_folder import DamagedError, read_json, write_file
-from .study_grid import ARMS, COLUMNS, RESERVED, Run, StudyError, images_seen, plan, read_rows, recipe, write_rows
+from .study_grid import (
+    ARMS,
+    COLUMNS,
+    RESERVED,
+    Ratings,
+    Run,
+    StudyError,
+    images_seen,
+    plan,
+    rating_flags,
+    read_rows,
+    recipe,
+    write_rows,
+)
 from .study_plots import draw_forest, draw_learning_curves
 from .study_table import make_table, read_settings, write_table
 
@@ -76,7 +89,9 @@ def hold(folder: Path) -> Iterator[int]:
 
 def _hours(seconds: float) -> str:
     minutes = round(seconds / 60)
-    return f'{minutes // 60} h {minutes % 60:02d} min' if minutes >= 60 else f'{minutes} min' if minutes else '< 1 min'
+    if not minutes:
+        return 'less than 1 min'
+    return f'about {minutes // 60} h {minutes % 60:02d} min' if minutes >= 60 else f'about {minutes} min'
 
 
 # -- run ---------------------------------------------------------------------------------------------------------------
@@ -93,12 +108,13 @@ class Study:
         threads: CPU threads of a run.
         data_dir: Data sets, None for train.py's default.
         keep_checkpoints: Otherwise only the best checkpoint of stage 1 stays.
+        ratings: Of a csv among the stimuli.
     """
 
     def __init__(self, folder: Path, script: Path, devices: Sequence[str] = ('cpu',), jobs: int = 1, threads: int = 1,
-                 data_dir: str | None = None, keep_checkpoints: bool = False):
+                 data_dir: str | None = None, keep_checkpoints: bool = False, ratings: Ratings | None = None):
         self.folder, self.script, self.devices, self.jobs, self.threads = folder, script, devices, jobs, threads
-        self.data_dir, self.keep_checkpoints = data_dir, keep_checkpoints
+        self.data_dir, self.keep_checkpoints, self.ratings = data_dir, keep_checkpoints, ratings or Ratings()
         self.rows = {name: read_rows(folder / name) for name in ('results.csv', 'stage1.csv')}
         self.signals: list[int] = []
 
@@ -141,7 +157,10 @@ class Study:
             epochs, common = recipe(flags, arm)
             # plain+ is longer, and by how much is a matter of the stimuli
             longer = ('plain+', stimuli) if arm.partition(':')[0] == 'plain+' else ()
-            for what, value in ((('flags', *place), shlex.join(common)), (('--epochs', *place, *longer), epochs)):
+            same = [(('flags', *place), shlex.join(common)), (('--epochs', *place, *longer), epochs)]
+            if rated := rating_flags(flags):
+                same.append((('ratings', stimuli), shlex.join(rated)))
+            for what, value in same:
                 first, before = found.setdefault(what, (key, value))
                 if value != before:
                     raise StudyError(f'{key} has the {what[0]} "{value}", and {first}, which it would be compared '
@@ -224,7 +243,7 @@ class Study:
 
         def estimate(run):
             kind = next(k for k in kinds(run.model, run.arm, run.stimuli, run.target, run.train_images) if k in pace)
-            return statistics.median(pace[kind]) * run.epochs * images_seen(run, self.data_dir)
+            return statistics.median(pace[kind]) * run.epochs * images_seen(run, self.data_dir, self.ratings)
 
         try:
             total = sum(estimate(run) for run in waiting) + sum(max(estimate(r) - passed, 0) for r, passed in running)
@@ -293,7 +312,7 @@ class Study:
                         outcome = f'failed, {log}'
                     count += 1
                     left = self.seconds_left(waiting, [(r, time.monotonic() - b) for r, _, b in running.values()])
-                    rest = '' if left is None or count == total else f'; about {_hours(left)} left'
+                    rest = '' if left is None or count == total else f'; {_hours(left)} left'
                     print(f'[{count}/{total}] {run.key}: {outcome}{rest}', flush=True)
         except BaseException:  # a full disk, say: no run is left behind that nobody waits for
             for _, process, _ in running.values():
@@ -318,8 +337,10 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest='command', required=True)
     run = commands.add_parser('run', help='train what is not finished; flags of train.py for all runs go after --')
     run.add_argument('--models', nargs='+', default=['emoreg_resnet18'], help='emoreg_*, or any timm model')
-    run.add_argument('--stimuli', nargs='+', default=['emoji'], help=f'{", ".join(STIMULI)}, a folder, or '
-                     'several as one with + between them')
+    run.add_argument('--stimuli', nargs='+', default=['emoji'], help=f'{", ".join(STIMULI)}, a folder or csv, '
+                     'or several as one with + between them')
+    run.add_argument('--rating-columns', nargs='+', help='rating columns of a csv of stimuli')
+    run.add_argument('--rating-scale', nargs=2, type=float, metavar=('LOW', 'HIGH'), help='scale of these ratings')
     run.add_argument('--targets', nargs='+', default=['cifar10'], help=f'{", ".join(TARGETS)}, or a folder')
     run.add_argument('--train-images', nargs='+', default=['all'], help="numbers of training images, or 'all'")
     run.add_argument('--arms', nargs='+', default=list(ARMS), help='default: the eight above')
@@ -356,8 +377,13 @@ def _check(args: argparse.Namespace) -> None:
     stimuli = [part for name in args.stimuli for part in stimuli_parts(name)]
     for what, names, known in (('stimuli', stimuli, STIMULI), ('target', args.targets, TARGETS)):
         for name in names:
-            if name not in known and not os.path.isdir(os.path.expanduser(name)):
+            path = os.path.expanduser(name)
+            if name not in known and not os.path.isdir(path) and not (what == 'stimuli' and os.path.isfile(path)):
                 raise unknown_choice('', what, name, known, 'Or give a folder with a subfolder per class.')
+    tables = [name for name in stimuli if os.path.isfile(os.path.expanduser(name))]
+    if bool(tables) != bool(args.rating_columns) or bool(tables) != bool(args.rating_scale):
+        raise StudyError(f'--stimuli {" ".join(args.stimuli)}, --rating-columns {args.rating_columns}, --rating-scale '
+                         f'{args.rating_scale}: a csv needs both of these, and nothing else has them.')
     for images in args.train_images:
         if images != 'all' and not (images.isdecimal() and int(images) > 0):
             raise StudyError(f"--train-images {images}: expected a number of images, or 'all'.")
@@ -388,7 +414,7 @@ def _run(args: argparse.Namespace) -> int:
 
     def study() -> Study:
         made = Study(args.output.resolve(), args.train_script.resolve(), args.devices, args.jobs, args.threads,
-                     args.data_dir, args.keep_checkpoints)
+                     args.data_dir, args.keep_checkpoints, Ratings.given(args))
         made.check(runs)
         return made
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from .data import load_stimuli, load_target, stimuli_parts
 from .data.choices import unknown_choice
 
-__all__ = ['ARMS', 'COLUMNS', 'RESERVED', 'Arm', 'Run', 'StudyError', 'images_seen', 'parse_arm', 'plan', 'read_rows',
-           'recipe', 'short_name', 'write_rows']
+__all__ = ['ARMS', 'COLUMNS', 'RESERVED', 'Arm', 'Ratings', 'Run', 'StudyError', 'images_seen', 'parse_arm', 'plan',
+           'rating_flags', 'read_rows', 'recipe', 'short_name', 'write_rows']
 
 
 class StudyError(ValueError):
@@ -44,7 +44,8 @@ METHOD = {
 CONTENT = {'emoji': 'group', 'oasis': 'category', 'nemo': 'speaker'}  # labels that are no emotions
 # what the study itself decides for each run
 RESERVED = ('model', 'task', 'seed', 'dataset', 'train-images', 'epochs', 'affect-epochs', 'experience', 'stimuli',
-            'stimuli-labels', 'shuffle-stimuli-labels', 'data-dir', 'device', 'output', 'experiment', 'resume')
+            'stimuli-labels', 'shuffle-stimuli-labels', 'rating-columns', 'rating-scale', 'data-dir', 'device',
+            'output', 'experiment', 'resume')
 
 
 @dataclass(frozen=True)
@@ -142,10 +143,42 @@ def short_name(name: str) -> str:
     return '+'.join(Path(part).name for part in stimuli_parts(name))
 
 
+@dataclass(frozen=True)
+class Ratings:
+    """The ratings of a csv among the stimuli: columns and scale, empty without a csv."""
+
+    columns: tuple[str, ...] = ()
+    scale: tuple[float, ...] = ()
+
+    @staticmethod
+    def given(args: argparse.Namespace) -> Ratings:
+        """Those of a command line."""
+        return Ratings(tuple(args.rating_columns or ()), tuple(args.rating_scale or ()))
+
+    def of(self, stimuli: str) -> Ratings:
+        """Those of stimuli that may have no csv among them."""
+        return self if any(Path(part).expanduser().is_file() for part in stimuli_parts(stimuli)) else Ratings()
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """For train.py."""
+        if not self.columns:
+            return ()
+        return '--rating-columns', *self.columns, '--rating-scale', *(f'{end:g}' for end in self.scale)
+
+
+def rating_flags(flags: Sequence[str]) -> tuple[str, ...]:
+    """Those of a run's flags that `Ratings` gave."""
+    if '--rating-columns' not in flags:
+        return ()
+    return tuple(flags[flags.index('--rating-columns'):flags.index('--rating-scale') + 3])
+
+
 @functools.cache
-def stimuli_images(name: str, data_dir: str | None) -> int:
+def stimuli_images(name: str, data_dir: str | None, ratings: Ratings) -> int:
     """Number of images that an epoch of stage 1 sees."""
-    return len(load_stimuli(name, data_dir).train)
+    return len(load_stimuli(name, data_dir, rating_columns=ratings.columns or None,
+                            rating_scale=ratings.scale or None).train)
 
 
 @functools.cache
@@ -154,10 +187,10 @@ def target_images(name: str, data_dir: str | None) -> int:
     return len(load_target(name, data_dir).train)
 
 
-def images_seen(run: Run, data_dir: str | None) -> int:
+def images_seen(run: Run, data_dir: str | None, ratings: Ratings) -> int:
     """Number of images that an epoch of a run sees, but for a last batch that is not full."""
     if run.task == 'affect':
-        return stimuli_images(run.stimuli, data_dir)
+        return stimuli_images(run.stimuli, data_dir, ratings.of(run.stimuli))
     return target_images(run.target, data_dir) if run.train_images == 'all' else int(run.train_images)
 
 
@@ -173,6 +206,7 @@ def plan(args: argparse.Namespace) -> tuple[list[Run], list[str]]:
         DataError: If an arm is unknown, or `plain+` needs the size of a set that is not there.
         StudyError: If two runs would get the same name.
     """
+    ratings = Ratings.given(args)
     runs: dict[str, Run] = {}
     notes: dict[str, None] = {}
 
@@ -183,9 +217,10 @@ def plan(args: argparse.Namespace) -> tuple[list[Run], list[str]]:
         return run
 
     def shown(stimuli: str, labels: str | None) -> tuple[str, ...]:
-        return ('--stimuli', stimuli, *{'shuffled': ('--shuffle-stimuli-labels',),
-                                        'content': ('--stimuli-labels', CONTENT.get(stimuli, '')),
-                                        'unlabelled': ('--stimuli-labels', 'rotation')}.get(labels, ()))
+        return ('--stimuli', stimuli, *ratings.of(stimuli).flags, *{
+            'shuffled': ('--shuffle-stimuli-labels',),
+            'content': ('--stimuli-labels', CONTENT.get(stimuli, '')),
+            'unlabelled': ('--stimuli-labels', 'rotation')}.get(labels, ()))
 
     def stage_1(model: str, stimuli: str, labels: str, seed: int) -> Run:
         arm = 'affect' if labels == 'affect' else f'affect:{labels}'
@@ -206,7 +241,8 @@ def plan(args: argparse.Namespace) -> tuple[list[Run], list[str]]:
         epochs, flags = args.epochs, ()
         if arm.base == 'plain+':
             number = target_images(target, args.data_dir) if images == 'all' else int(images)
-            longer = round(args.affect_epochs * stimuli_images(stimuli, args.data_dir) / number)
+            longer = round(args.affect_epochs * stimuli_images(stimuli, args.data_dir, ratings.of(stimuli))
+                           / number)
             if not longer:
                 notes[f'{arm.name}: skipped for {stimuli} and {number:,} images of {target}, as stage 1 sees less than '
                       'half an epoch of these.'] = None
