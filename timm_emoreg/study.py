@@ -2,6 +2,7 @@
 
     python -m timm_emoreg.study run --output DIR --stimuli ferplus --train-images 1000 5000 --seeds 0 1 2 3 4
     python -m timm_emoreg.study table --output DIR
+    python -m timm_emoreg.study summary SETTINGS.csv
 
 `run` may be stopped and started again at any time: finished runs are kept, an interrupted one goes on.
 
@@ -59,6 +60,7 @@ from .study_grid import (
     write_rows,
 )
 from .study_plots import draw_forest, draw_learning_curves
+from .study_summary import draw_summary, make_summary, read_summary, write_between
 from .study_table import make_table, read_settings, write_table
 
 __all__ = ['Study', 'hold', 'main']
@@ -361,6 +363,10 @@ def _parser() -> argparse.ArgumentParser:
     table.add_argument('--duplicates', action='store_true',
                        help='test images with a near copy among the training images, and accuracy without them')
     table.add_argument('--seeds', nargs='+', type=int, help='print the table of these seeds only, and write nothing')
+    summary = commands.add_parser('summary', help='one table and one picture of settings of several studies')
+    summary.add_argument('settings', type=Path, metavar='CSV', help='names them, in the columns setting, folder, '
+                         'stimuli, target, train_images and seeds; the picture lies beside it')
+    summary.add_argument('--write', type=Path, metavar='README', help='write the table between the marks of a file')
     for command in (run, table):
         command.add_argument('--output', type=Path, required=True, metavar='DIR', help="the study's folder")
         command.add_argument('--data-dir', help='data sets (default: $EMOREG_DATA, ~/.cache/emoreg-data)')
@@ -448,6 +454,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.command == 'run':
             return _run(args)
+        if args.command == 'summary':
+            lines = read_summary(args.settings)
+            print(make_summary(lines), end='')
+            if args.write is not None:
+                write_between(args.write, make_summary(lines))
+            draw_summary(lines, args.settings.with_suffix('.png'))
+            return 0
         settings = read_settings(args.output, args.seeds)
         text, rows = make_table(args.output, settings, args.data_dir, args.duplicates)
         print(text)

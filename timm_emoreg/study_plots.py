@@ -11,7 +11,7 @@ from .image_picture import short
 from .study_grid import ARMS, read_rows
 from .study_table import Setting, compare, controls
 
-__all__ = ['draw_forest', 'draw_learning_curves']
+__all__ = ['STYLES', 'draw_forest', 'draw_learning_curves', 'save']
 
 # of Okabe and Ito's colours, told apart by colour-blind readers too; line and marker tell the arms apart without colour
 STYLES = dict(zip(ARMS, (
@@ -32,7 +32,8 @@ def _figure(number: int, width: float, height: float):
     return figure, axes[:number]
 
 
-def _save(figure, picture: Path) -> None:
+def save(figure, picture: Path) -> None:
+    """Write a PNG, which appears as a whole or not at all."""
     part = picture.with_suffix('.part')
     figure.savefig(part, dpi=120, format='png')
     part.replace(picture)
@@ -86,7 +87,7 @@ def draw_forest(folder: Path, settings: Sequence[Setting], picture: Path) -> Non
         axis.set_xlim(low, high)
     figure.suptitle('Paired differences with 95 % interval (number of seeds);\nsmall dots: seeds, hollow: one seed',
                     fontsize=10)
-    _save(figure, picture)
+    save(figure, picture)
 
 
 def draw_learning_curves(folder: Path, settings: Sequence[Setting], picture: Path) -> None:
@@ -135,4 +136,4 @@ def draw_learning_curves(folder: Path, settings: Sequence[Setting], picture: Pat
         axis.set_ylabel('validation top1')
         axis.grid(alpha=0.3)
     figure.suptitle('Mean over seeds; bands of plain and regulated: lowest to highest seed', fontsize=10)
-    _save(figure, picture)
+    save(figure, picture)

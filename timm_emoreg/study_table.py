@@ -16,7 +16,8 @@ from .image_picture import short
 from .statistics import Difference, holm, mcnemar, mean_sd, paired_difference
 from .study_grid import ARMS, StudyError, read_rows, short_name, write_rows
 
-__all__ = ['Comparison', 'Setting', 'compare', 'controls', 'make_table', 'read_settings', 'write_table']
+__all__ = ['Comparison', 'Setting', 'compare', 'controls', 'interval', 'make_table', 'markdown', 'read_settings',
+           'spread', 'write_table']
 
 
 class Setting(NamedTuple):
@@ -159,19 +160,22 @@ def _p(value: float) -> str:
     return 'n/a' if math.isnan(value) else f'{value:.3f}' if value >= 0.001 else '< 0.001'
 
 
-def _interval(difference: Difference) -> str:
+def interval(difference: Difference) -> str:
+    """The mean with its 95 % interval, the mean alone where there is none."""
     mean = _number(difference.mean, sign=True)
     if math.isnan(difference.low):
         return mean
     return f'{mean} [{_number(difference.low, sign=True)}, {_number(difference.high, sign=True)}]'
 
 
-def _spread(values: Sequence[float]) -> str:
+def spread(values: Sequence[float]) -> str:
+    """Mean ± sd, the mean alone of one value."""
     mean, sd = mean_sd(values)
     return _number(mean) + ('' if math.isnan(sd) else f' ± {_number(sd)}')
 
 
-def _markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table: the first column to the left, numbers to the right."""
     lines = [header, ['---', *['---:'] * (len(header) - 1)], *rows]
     return '\n'.join(f'| {" | ".join(line)} |' for line in lines) + '\n'
 
@@ -210,10 +214,10 @@ def _stage_1(folder: Path, settings: Sequence[Setting]) -> str:
     sets = [kind[:2] for kind in kinds]  # of one set side by side, whenever they were run
     for (model, stimuli, arm, epochs, metric), runs in sorted(kinds.items(), key=lambda item: sets.index(item[0][:2])):
         test, taken = _column(runs, 'test'), _column(runs, 'best_epoch')
-        lines.append((f'{model}: {short_name(stimuli)}', arm, str(len(runs)), metric, _spread(test),
+        lines.append((f'{model}: {short_name(stimuli)}', arm, str(len(runs)), metric, spread(test),
                       f'{_number(statistics.mean(taken), 1)} of {epochs}'))
     header = ('stage 1', 'arm', 'n', 'metric', 'test stimuli', 'taken at epoch')
-    return f'\n## Stage 1\n\n{_markdown(header, lines)}' if lines else ''
+    return f'\n## Stage 1\n\n{markdown(header, lines)}' if lines else ''
 
 
 # -- duplicates --------------------------------------------------------------------------------------------------------
@@ -247,8 +251,8 @@ def _duplicates(folder: Path, settings: Sequence[Setting], data_dir: str | None)
                     kept.append(100 * float(right[~near].mean()))
                     tests.append(float(row['test']))
             rows.append((setting.title, arm, *(_number(statistics.mean(c), 1) for c in zip(*counts, strict=True)),
-                         _spread(tests), _spread(kept)))
-    parts.append(_markdown(('setting', 'arm', 'exact', 'near', 'test top1', 'without near'), rows))
+                         spread(tests), spread(kept)))
+    parts.append(markdown(('setting', 'arm', 'exact', 'near', 'test top1', 'without near'), rows))
     return '\n'.join(parts)
 
 
@@ -290,9 +294,9 @@ def _setting_table(folder: Path, setting: Setting) -> tuple[str, list[dict]]:
         if arm != 'plain' and 'plain' in setting.arms:
             difference = compare(folder, setting, arm, 'plain').difference
             pairs = f' ({difference.n})' if difference.n < len(test) else ''
-            versus = (_interval(difference) + pairs, _p(difference.p)) if difference.n else ('no common seed', 'n/a')
-        lines.append((arm, str(len(test)), _spread(test), _spread(validation), *versus, f'{seconds:,.0f}'))
-    text.append(_markdown(('arm', 'n', 'test top1', 'validation', 'minus plain', 'p', 'median s'), lines))
+            versus = (interval(difference) + pairs, _p(difference.p)) if difference.n else ('no common seed', 'n/a')
+        lines.append((arm, str(len(test)), spread(test), spread(validation), *versus, f'{seconds:,.0f}'))
+    text.append(markdown(('arm', 'n', 'test top1', 'validation', 'minus plain', 'p', 'median s'), lines))
 
     for arm in setting.arms:
         family = controls(arm, setting.arms)
@@ -300,9 +304,9 @@ def _setting_table(folder: Path, setting: Setting) -> tuple[str, list[dict]]:
         corrected = holm([c.difference.p for c in comparisons])
         compared = [(c, p) for c, p in zip(comparisons, corrected, strict=True)]
         if compared:
-            text.append(_markdown(
+            text.append(markdown(
                 (f'{arm} minus', 'n', 'difference', 'p', 'Holm p', 'images', 'McNemar p'),
-                [(c.versus, str(c.difference.n), _interval(c.difference), _p(c.difference.p), _p(p),
+                [(c.versus, str(c.difference.n), interval(c.difference), _p(c.difference.p), _p(p),
                   _images(c), _p(c.mcnemar_p)) for c, p in compared]))
         elif arm != 'plain' and 'plain' in setting.arms:  # its difference to plain, in no family
             compared = [(compare(folder, setting, arm, 'plain'), math.nan)]
