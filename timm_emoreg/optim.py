@@ -64,9 +64,10 @@ def orthogonalize_in_float32(optimizer: Optimizer) -> None:
 def scale_affect_lr(optimizer: Optimizer, model: EmoReg, scale: float) -> None:
     """Let affect response, modulation and balance learn at `scale` times the rate of everything else.
 
-    Muon gives each matrix an update of full length, however small its gradient is. At its usual rate the valence of
-    every image was seen to reach the end of tanh after three epochs (``hub_cards/WALK.md``), where the affective state
-    tells nothing.
+    Muon gives each matrix an update of full length, however small its gradient is, and hands matrices with a side below
+    4, as one valence or two ratings have, to NAdamW at the same rate, whose first steps are about ten times as long. At
+    its usual rate the valence of every image was seen to reach the end of tanh after three epochs
+    (``hub_cards/WALK.md``), where the affective state tells nothing.
 
     Each group of the optimizer that holds some of them is split in two; the new one has timm's ``lr_scale``, by which
     timm's schedulers multiply the rate. Do it before the scheduler is created.

@@ -136,7 +136,8 @@ def controls(arm: str, known: Iterable[str]) -> list[str]:
     """The arms that decide what a gain of `arm` means, among those `known`: one family for Holm's correction.
 
     For the regulated arms the plain ones, init, and each control with the same options of the dual head, so that
-    stage 1 is all that differs; for `init` the plain ones and its own controls.
+    stage 1 is all that differs (and with it the number of affect outputs, where its labels are others); for `init` the
+    plain ones and its own controls.
     """
     base, _, options = arm.partition(':')
     if base == 'regulated':
