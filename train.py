@@ -14,6 +14,7 @@ has the same name here. Results go to OUTPUT/EXPERIMENT/TASK: checkpoints, summa
 import argparse
 import json
 import math
+import shlex
 import signal
 import sys
 import time
@@ -53,6 +54,7 @@ from timm_emoreg.data.controls import fewer_images, predict_rotation, shuffle_la
 from timm_emoreg.data.loader import choose_kind, make_loader
 from timm_emoreg.data.progressive import ProgressiveLoader
 from timm_emoreg.data.rehearsal import RehearsalLoader
+from timm_emoreg.data.sets import ImageError
 from timm_emoreg.emoreg import create_backbone
 from timm_emoreg.experience import (
     Experience,
@@ -137,7 +139,8 @@ def parse_args() -> argparse.Namespace:
     group.add_argument('--img-size', type=at_least(1), help='default: 32, and 224 for a folder or csv')
     group.add_argument('--start-img-size', type=int, metavar='N',
                        help='progressive resizing: training images grow from N px to --img-size over 2/3 of the epochs')
-    group.add_argument('-b', '--batch-size', type=at_least(1), help='default: 128, for fewer than 10,000 images 64')
+    group.add_argument('-b', '--batch-size', type=at_least(1),
+                       help='default: 128, for fewer than 10,000 images 64, and no more than there are')
     group.add_argument('--loader', default='auto', choices=('auto', 'resident', 'timm'))
     group.add_argument('--workers', type=at_least(0), default=2, help="of timm's loader")
     group.add_argument('--no-aug', action='store_true', help='no augmentation at all')
@@ -548,7 +551,10 @@ def run_stage(args, task_name: str, splits, device, experience: Experience | Non
             if predictions is not None:
                 rows = '\n'.join(f'{target},{prediction}' for target, prediction in predictions)
                 write_file(out / 'predictions.csv', f'target,prediction\n{rows}\n')
-            draw_curves(out / 'summary.csv', out / 'curves.png', metric, f'{args.experiment}: {task_name}')
+            try:
+                draw_curves(out / 'summary.csv', out / 'curves.png', metric, f'{args.experiment}: {task_name}')
+            except (FileNotFoundError, ValueError) as e:  # a summary that was lost or damaged takes no result with it
+                say(args, f'curves.png is not drawn: {e}')
             write_file(out / 'result.json', json.dumps(result, indent=1))
     return result
 
@@ -615,7 +621,7 @@ def run(args) -> None:
 
 
 def resume_command(args) -> str:
-    return f'python train.py --resume {Path(args.output) / args.experiment}'
+    return f'python train.py --resume {shlex.quote(str(Path(args.output) / args.experiment))}'
 
 
 def last_good(args) -> Path | None:
@@ -644,6 +650,10 @@ def main() -> int:
         good = last_good(args)
         then = f' The last good checkpoint is {good}: go on with: {resume_command(args)}' if good else ''
         print(f'train.py: {e}{then}', file=sys.stderr)
+        return 2
+    except ImageError as e:
+        then = f' Then go on with: {resume_command(args)} (without it the set would be another one)'
+        print(f'train.py: {e}{then if last_good(args) else ""}', file=sys.stderr)
         return 2
     except (BusyError, DamagedError, DataError, CheckpointError, LaunchError, ModelError, OSError) as e:
         print(f'train.py: {e}', file=sys.stderr)

@@ -669,6 +669,7 @@ def test_experience_of_another_architecture_is_refused():
 @pytest.mark.parametrize(('kwargs', 'error', 'message'), [
     ({'backbone': 'resnet81'}, ValueError, r"Unknown backbone 'resnet81'. Did you mean .*resnet18"),
     ({'backbone': 'emoreg_resnet18'}, ValueError, 'is emotionally regulated already'),
+    ({'pretrained': True}, ValueError, r"no weights of its own\. For the backbone's: .*, pretrained_backbone=True"),
     ({'backbone': 'mobilenetv5_300m_enc'}, ValueError, r'no pooled feature vector .* it has no get_classifier'),
     ({'balance': 1.5}, ValueError, 'outside'),
     ({'balance': 'always'}, ValueError, 'unknown'),
@@ -679,6 +680,11 @@ def test_experience_of_another_architecture_is_refused():
 def test_errors_of_construction(kwargs, error, message):
     with pytest.raises(error, match=message):
         create(device='meta', **kwargs)
+
+
+def test_a_regulated_model_is_no_backbone():
+    with pytest.raises(ValueError, match=r"'EmoReg' is emotionally regulated already\. Give a plain model"):
+        EmoReg(EmoReg('test_resnet'))
 
 
 def test_a_registered_model_has_its_backbone():

@@ -1,9 +1,15 @@
 """Settings that contradict each other, and what follows from those that were given."""
 from __future__ import annotations
 
+import argparse
 import sys
 
+import numpy as np
 import pytest
+import torch
+
+from timm_emoreg.data import ImageSet, Splits, Target
+from timm_emoreg.settings import batch_of_a_step
 
 
 @pytest.mark.parametrize(('argv', 'message'), [
@@ -73,3 +79,18 @@ def test_flags_that_do_not_fit_are_refused(train, monkeypatch, capsys, argv, mes
 def test_a_released_stage_1_is_taken_where_nothing_asks_for_another(train, monkeypatch, flags, released):
     monkeypatch.setattr(sys, 'argv', ['train.py', '--model', 'emoreg_resnet18', *flags])
     assert train.shapes_stage_1(train.parse_args()) is not released
+
+
+@pytest.mark.parametrize(('images', 'shares', 'batch'), [
+    ((20_000,), (1, 1), 128), ((9_999,), (1, 1), 64), ((9_999,), (2, 2), 16), ((48,), (1, 1), 48), ((47,), (1, 1), 46),
+    ((47,), (2, 1), 22), ((5_000, 30), (1, 1), 30), ((1,), (1, 1), 1),
+])
+def test_the_usual_batch_is_none_that_a_small_set_cannot_fill(images, shares, batch):
+    target = Target('class', ('a', 'b'))
+
+    def splits(n):
+        part = ImageSet(np.zeros((n, 1, 1, 3), np.uint8), torch.zeros(n, dtype=torch.long), target)
+        return Splits('toy', part, part, part, 'free')
+
+    args = argparse.Namespace(batch_size=None, world_size=shares[0], grad_accum_steps=shares[1], mixup=0, cutmix=0)
+    assert batch_of_a_step(args, 'emoreg', *map(splits, images)) == batch

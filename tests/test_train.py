@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from timm_emoreg.attention import fused_attentions
+from timm_emoreg.data import load_target
 
 SCRIPT = Path(__file__).parents[1] / 'train.py'
 
@@ -426,6 +427,38 @@ def test_a_damaged_choice_is_named_and_can_be_removed(run, tmp_path, folder):
     assert run('--resume', tmp_path / 'run')[0] == 0
 
 
+def test_a_damaged_picture_costs_no_training(run, tmp_path, folder):
+    own = shutil.copytree(folder, tmp_path / 'own pictures')
+    flags = ('--task', 'plain', '--dataset', own, '--epochs', 1, '--loader', 'timm', '--workers', 0)
+    assert run(*flags, name='whole')[0] == 0
+    bad = Path(load_target(str(own)).test.images[0])
+    bad.write_bytes(bad.read_bytes()[:100])
+    status, _, err = run(*flags, name='a run')
+    assert (status, len(err.splitlines())) == (2, 1), err
+    assert f'{bad}: not a readable image (' in err
+    assert err.endswith(f"Put a readable one in its place. Then go on with: python train.py --resume '{tmp_path}/a "
+                        "run' (without it the set would be another one)\n")
+    shutil.copy(folder / bad.relative_to(own), bad)
+    status, _, err = run('--resume', tmp_path / 'a run')
+    assert status == 0, err
+    results = [json.loads((tmp_path / name / 'plain/result.json').read_text())['test'] for name in ('whole', 'a run')]
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize('content', [None, '', 'epoch,train_loss,eval_loss,eval_top1,lr\n'])
+def test_a_lost_summary_takes_no_result_with_it(run, tmp_path, folder, monkeypatch, content):
+    assert run('--task', 'plain', '--dataset', folder, '--epochs', 1)[0] == 0
+    for lost in ('result.json', 'summary.csv', 'curves.png'):
+        (tmp_path / 'run/plain' / lost).unlink()
+    if content is not None:
+        (tmp_path / 'run/plain/summary.csv').write_text(content)
+    said = []
+    monkeypatch.setattr('builtins.print', lambda *text, **_: said.append(text))
+    assert run('--resume', tmp_path / 'run')[0] == 0
+    assert (tmp_path / 'run/plain/result.json').is_file()
+    assert 'curves.png is not drawn: ' in str(said)
+
+
 def test_two_processes_do_not_train_one_run(run, train, tmp_path, folder, monkeypatch):
     with monkeypatch.context() as stopping:
         stopping.setattr(train, 'asked_to_stop', lambda args, received: received.append(signal.SIGTERM) or True)
@@ -448,7 +481,7 @@ def test_an_experiment_may_be_called_anything(run, tmp_path, folder):
      'emoreg_resnet18.emoji: is of the backbone resnet18, and this run has test_resnet. Use the same --model'),
     (('-b', 4, '--grad-accum-steps', 8, '--task', 'plain'), '--batch-size 4: 1 processes with 8 accumulation steps'),
     (('--grad-accum-steps', 50, '-b', 64, '--task', 'plain'), '--grad-accum-steps 50: an epoch of '),
-    (('-b', 4000), ' are fewer than one batch of 4000. Use a smaller batch size'),
+    (('-b', 4000), ' are fewer than one batch of 4000. Use a batch size of at most 48'),
     (('-b', 5, '--mixup', '0.2', '--experience', 'none'),
      '--batch-size 5 gives 5 a process and accumulation step. Use a number that makes it even'),
     (('--device', 'abacus'), '--device abacus: torch cannot compute there ('),

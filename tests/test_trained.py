@@ -37,6 +37,12 @@ def test_a_run_answers_as_its_own_evaluation_said(run, folder):
     assert describe_set(trained, answers, test.targets, test.target.names)['top1']['regulated'] == round(told, 2)
 
 
+def test_what_timm_s_transforms_go_by_is_how_it_was_trained(run):
+    config = timm.data.resolve_model_data_config(trained_model(run).model)
+    assert timm.data.resolve_model_data_config(timm.create_model('test_resnet'))['interpolation'] == 'bilinear'
+    assert (config['input_size'], config['interpolation'], config['crop_mode']) == ((3, 32, 32), 'bicubic', 'squash')
+
+
 def test_stage_1_of_a_run(run):
     trained = trained_model(run / 'affect')
     assert trained.affect_names == ('blue', 'green', 'red')

@@ -714,6 +714,25 @@ def test_export_rebuilds_the_form(shelf, tmp_path):
         timm.create_model(f'local-dir:{tmp_path / "export"}', pretrained=True, num_classes=7)
 
 
+def test_a_file_of_other_classes_warns_of_new_heads(shelf, tmp_path):
+    record, _ = shelf(target='cifar10')
+    file = tmp_path / 'seven.pth'
+    torch.save(timm.create_model(record.name, num_classes=7).state_dict(), file)
+    overlay = {'file': str(file)}
+    with pytest.warns(NewHeadsWarning, match='has 3 classes, the model 7'):
+        timm.create_model(record.name, pretrained=True, num_classes=7, pretrained_cfg_overlay=overlay)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', NewHeadsWarning)
+        model = timm.create_model(record.name, pretrained=True, pretrained_cfg_overlay={**overlay, 'num_classes': 7})
+    assert torch.equal(model.head.weight, torch.load(file)['head.weight'])
+
+
+def test_classes_of_an_overlay_are_new_heads_for_stage_1(shelf):
+    record, _ = shelf()
+    with pytest.warns(NewHeadsWarning, match='has no classes, the model 4'):
+        timm.create_model(record.name, pretrained=True, pretrained_cfg_overlay={'num_classes': 4})
+
+
 def test_experience_by_tag(shelf, tmp_path):
     record, expected = shelf()
     found = find_experience(record.name)

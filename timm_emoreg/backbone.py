@@ -54,11 +54,13 @@ def check_backbone_name(name: str) -> None:
 
 
 def check_backbone(model: nn.Module, name: str) -> None:
-    """Refuse a model that gives no pooled feature vector by timm's model interface.
+    """Refuse a model that gives no pooled feature vector by timm's model interface, or that is an EmoReg itself.
 
     Raises:
         ValueError: With the reason.
     """
+    if hasattr(model, 'forward_affect'):
+        raise ValueError(f'The backbone {name!r} is emotionally regulated already. Give a plain model.')
     missing = [m for m in ('forward_features', 'forward_head', 'get_classifier', 'reset_classifier')
                if not hasattr(model, m)]
     if missing:

@@ -560,9 +560,14 @@ def emoreg(pretrained: bool = False, backbone: str = 'resnet18', **kwargs: Any) 
                          f"no tag. For a weight of the backbone: backbone='{backbone}.{given}', "
                          'pretrained_backbone=True.')
     given = given if isinstance(given, dict) else given.to_dict()
-    if not any(given.get(k) for k in ('file', 'hf_hub_id', 'url', 'state_dict')):
+    sources = ('file', 'hf_hub_id', 'url', 'state_dict')
+    if not any(given.get(k) for k in sources):
         # What timm's scripts resolve by the name 'emoreg' alone is the registry's cfg: another backbone than ours.
         registered = default_cfgs['emoreg'].default.to_dict()
         given = {k: v for k, v in given.items() if registered.get(k) != v}
+        overlay = kwargs.get('pretrained_cfg_overlay') or {}
+        if pretrained and not any(overlay.get(k) for k in sources):
+            raise ValueError("'emoreg' stands for any backbone and has no weights of its own. For the backbone's: "
+                             f"timm.create_model('emoreg', backbone={backbone!r}, pretrained_backbone=True).")
         kwargs['pretrained_cfg'] = {**backbone_cfg(backbone, **small_image_cfg(**kwargs)), **given}
     return create_emoreg('emoreg', backbone, pretrained, **kwargs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -46,7 +47,8 @@ def make_run(folder: Path, settings: dict) -> None:
                 shutil.rmtree(part, ignore_errors=True)
                 if not folder.exists():
                     raise
-    raise BusyError(f'{folder} exists. Continue it with --resume {folder}, or choose another --experiment.')
+    raise BusyError(f'{folder} exists. Continue it with --resume {shlex.quote(str(folder))}, or choose another '
+                    '--experiment.')
 
 
 def read_json(path: Path) -> dict:

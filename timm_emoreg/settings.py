@@ -210,8 +210,11 @@ def batch_of_a_step(args: Namespace, task: str, splits: Splits, stimuli: Splits 
     Raises:
         DataError: If they do not make up one update an epoch, or if their number does not suit the loss.
     """
-    whole_batch = args.batch_size or (128 if len(splits.train) >= 10_000 else 64)
     shares = args.world_size * args.grad_accum_steps
+    fewest = min(len(shown.train) for shown in (splits, *([stimuli] if stimuli else [])))
+    usual = 128 if len(splits.train) >= 10_000 else 64
+    # a default must not be what is wrong with a small set
+    whole_batch = args.batch_size or min(usual, max(fewest // (2 * shares) * 2 * shares, 1))
     batch_size = whole_batch // shares
     if not batch_size:
         raise DataError(f'--batch-size {whole_batch}: {args.world_size} processes with {args.grad_accum_steps} '

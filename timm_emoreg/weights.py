@@ -372,7 +372,8 @@ def _refuse_misfits(weight: Weight, arguments: dict[str, Any]) -> None:
 
 
 def _warn_of_new_heads(name: str, num_classes: int, arguments: dict[str, Any]) -> None:
-    wanted = arguments.get('num_classes', num_classes)
+    overlay = arguments.get('pretrained_cfg_overlay') or {}
+    wanted = arguments.get('num_classes', overlay.get('num_classes', num_classes))
     if wanted not in (0, num_classes) and not arguments.get('features_only'):
         warnings.warn(f'{name} has {num_classes or "no"} classes, the model {wanted}: both heads are new and answer at '
                       'random until they are trained.', NewHeadsWarning, stacklevel=6)
@@ -437,6 +438,9 @@ def create(variant: str, backbone: str, pretrained: bool, /, **kwargs: Any) -> n
         added.pop('img_size', None)  # it belonged to the small form
     kwargs |= added
     if not pretrained or own_source:
+        if pretrained:
+            source = next(str(overlay[key]) for key in SOURCES if overlay.get(key))
+            _warn_of_new_heads(source, overlay.get('num_classes', weight.num_classes), kwargs)
         own_cfg = timm.get_pretrained_cfg(weight.name)
         if 'small_image' in _differing(weight, arguments):  # another form, of its usual size
             own_cfg = PretrainedCfg(**backbone_cfg(backbone, **small_image_cfg(**kwargs)))

@@ -25,7 +25,7 @@ def whole_image_cfg(input_size: tuple[int, int, int]) -> dict[str, Any]:
     Oblong images are squashed to that size, as in the training.
     """
     return {'input_size': tuple(input_size), 'pool_size': None, 'crop_pct': 1.0, 'crop_mode': 'squash',
-            'test_input_size': None, 'test_crop_pct': None}
+            'interpolation': 'bicubic', 'test_input_size': None, 'test_crop_pct': None}
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from PIL import Image
 from timm_emoreg.data import loader as loader_module
 from timm_emoreg.data.loader import TimmLoader, fits_in_memory, make_loader
 from timm_emoreg.data.resident import ResidentLoader, resident_bytes
-from timm_emoreg.data.sets import DataError, ImageSet, Target
+from timm_emoreg.data.sets import DataError, ImageError, ImageSet, Target
 
 CONFIG = {'mean': (0.4, 0.5, 0.6), 'std': (0.2, 0.25, 0.3)}
 SIZE = (12, 16)
@@ -268,9 +268,9 @@ def test_an_unreadable_image_is_one_clear_error(tmp_path, workers):
         Image.new('RGB', (8, 8)).save(path)
     paths[1].write_text('no image')
     images = ImageSet(paths, torch.arange(3), Target('class', ('a', 'b', 'c')))
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(ImageError) as caught:
         epoch(make(images, workers=workers))
     assert str(caught.value).startswith(f'{paths[1]}: not a readable image')
     assert 'Traceback' not in str(caught.value)
-    with pytest.raises(DataError, match='not a readable image'):
+    with pytest.raises(ImageError, match='not a readable image'):
         make(images, kind='resident')

@@ -9,6 +9,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from timm.data import create_dataset
 
 from timm_emoreg.data.own import load_csv, load_folder
 from timm_emoreg.data.sets import DataError
@@ -37,6 +38,14 @@ def rated(tmp_path):
             csv.writer(file).writerows(rows)
         return tmp_path / 'own.csv'
     return write
+
+
+def test_classes_are_numbered_as_timm_does(tmp_path):
+    for name in ('1', '2', '10', 'Bird', 'apple'):
+        draw(tmp_path / name, 4)
+    theirs = create_dataset('', root=str(tmp_path)).reader.class_to_idx
+    assert load_folder(tmp_path).target.names == tuple(sorted(theirs, key=theirs.get)) == (
+        '1', '2', '10', 'apple', 'Bird')
 
 
 def test_folder_per_class_is_split_by_class(tmp_path):

@@ -292,7 +292,8 @@ def test_reflection_of_images_that_are_not_square():
     ({'crop_padding': 6}, ValueError, r'crop_padding=6 must lie in 0\.\.5 for images of \(6, 9\)'),
     ({'crop_padding': -1}, ValueError, 'crop_padding=-1 must lie in'),
     ({'training': True, 'batch_size': 21}, DataError, r'20 images to train on \(0, 1, 2 ...\) are fewer than one'),
-    ({'training': True, 'batch_size': 11, 'world_size': 2}, DataError, 'fewer than one batch of 22. Use a smaller'),
+    ({'training': True, 'batch_size': 11, 'world_size': 2}, DataError,
+     'fewer than one batch of 22. Use a batch size of at most 20'),
 ])
 def test_impossible_settings_are_refused(kwargs, error, message):
     with pytest.raises(error, match=message):

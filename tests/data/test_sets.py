@@ -68,7 +68,7 @@ def test_unreadable_pictures_name_the_file(tmp_path):
     with pytest.raises(DataError, match=r'gone\.png: the image is missing\. Restore'):
         read_picture(tmp_path / 'gone.png')
     (tmp_path / 'text.png').write_text('no image')
-    with pytest.raises(DataError, match=r'text\.png: not a readable image .* Replace it'):
+    with pytest.raises(DataError, match=r'text\.png: not a readable image .* Put a readable one in its place'):
         read_picture(tmp_path / 'text.png')
     Image.new('RGB', (40, 40)).save(tmp_path / 'cut.png')
     whole = (tmp_path / 'cut.png').read_bytes()

@@ -157,7 +157,7 @@ class TimmLoader(EpochLoader):
                 yield self._finish(pixels, centre), target.to(self.device, non_blocking=pin)
         except DataError as e:
             # torch prefixes an error of a worker with its traceback
-            raise DataError(str(e).rsplit('DataError: ', 1)[-1].strip()) from None
+            raise type(e)(str(e).rsplit(f'{type(e).__name__}: ', 1)[-1].strip()) from None
 
 
 def choose_kind(

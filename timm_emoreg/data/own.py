@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from timm.utils.misc import natural_key
 
 from .choices import unknown_choice
 from .sets import DataError, ImageSet, Splits, Target
@@ -51,7 +52,7 @@ def _subfolders(folder: Path) -> list[Path]:
         found = [p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(_HIDDEN)]
     except OSError as e:
         raise _unreadable(e) from None
-    return sorted(found, key=lambda p: p.name)
+    return sorted(found, key=lambda p: (natural_key(p.name), p.name))  # timm's order: 2 before 10, a before B
 
 
 def _images(folder: Path) -> list[Path]:

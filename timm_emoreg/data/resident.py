@@ -22,7 +22,7 @@ def check_fills_a_batch(images: ImageSet, batch_size: int) -> None:
     """Raise a `DataError` if a training set is smaller than a batch: there would be nothing to train on."""
     if len(images) < batch_size:
         raise DataError(f'{len(images)} images to train on ({", ".join(images.target.names[:3])} ...) are fewer '
-                        f'than one batch of {batch_size}. Use a smaller batch size.')
+                        f'than one batch of {batch_size}. Use a batch size of at most {len(images)}.')
 
 
 class EpochLoader:

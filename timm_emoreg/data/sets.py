@@ -11,11 +11,15 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-__all__ = ['DataError', 'ImageSet', 'Splits', 'Target', 'read_picture']
+__all__ = ['DataError', 'ImageError', 'ImageSet', 'Splits', 'Target', 'read_picture']
 
 
 class DataError(ValueError):
     """Data that cannot be used as it is; the message names the file, the value and the remedy."""
+
+
+class ImageError(DataError):
+    """An image file that cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ def read_picture(path: Path, mode: str = 'RGB') -> Image.Image:
     Grey images of 16 bits are taken by their upper ones; Pillow would cut off what is above 255, which leaves white.
 
     Raises:
-        DataError: If the file is missing, is not an image, or has 32 bits a channel, whose range it does not tell.
+        ImageError: If the file is missing, is not an image, or has 32 bits a channel, whose range it does not tell.
     """
     try:
         with Image.open(path) as image:
@@ -75,9 +79,9 @@ def read_picture(path: Path, mode: str = 'RGB') -> Image.Image:
                 raise ValueError(f'mode {image.mode!r} has 32 bits a channel and no known range, expected 8 or 16')
             return image.convert(mode)
     except FileNotFoundError:
-        raise DataError(f'{path}: the image is missing. Restore it or remove its row.') from None
+        raise ImageError(f'{path}: the image is missing. Restore it.') from None
     except Exception as e:  # damaged bytes make Pillow's decoders raise many types, RuntimeError from AVIF among them
-        raise DataError(f'{path}: not a readable image ({e}). Replace it or remove its row.') from None
+        raise ImageError(f'{path}: not a readable image ({e}). Put a readable one in its place.') from None
 
 
 class ImageSet(Dataset):
@@ -115,7 +119,7 @@ class ImageSet(Dataset):
         """Image `index` as RGB.
 
         Raises:
-            DataError: If the file is missing or is not an image.
+            ImageError: If the file is missing or is not an image.
         """
         image = self.images[index]
         return Image.fromarray(image).convert('RGB') if isinstance(image, np.ndarray) else read_picture(image)

@@ -156,6 +156,9 @@ def read_table(path: Path) -> Table:
     if not rows:
         raise DataError(f'{path}: the table is empty. Its first line must name the columns.')
     columns = rows[0]
+    if len(columns) == 1 and (other := next((c for c in ';\t' if c in columns[0]), None)):
+        raise DataError(f'{path}, line {lines[0]}: the columns are separated by {other!r}. Save the file with commas '
+                        'between them.')
     for i, name in enumerate(columns):
         if name in columns[:i]:
             raise DataError(f'{path}, line {lines[0]}: columns {columns.index(name) + 1} and {i + 1} are both named '
