@@ -637,6 +637,7 @@ def test_command_line(run, home, capsys, tmp_path):
     assert readme.read_text() == f'a\n<!-- weights -->\n{table}\n<!-- /weights -->\nb\n'
     readme.write_text('nothing')
     assert main(['table', '--write', str(readme), *place]) == 1
+    assert 'README.md: holds no <!-- weights --> ... <!-- /weights --> to write between' in capsys.readouterr().err
     (home / 'hub_cards' / NAME / 'README.md').write_text('x')
     assert main(['check', NAME, *place]) == 1
     assert main(['publish', '--all', *place]) == 1

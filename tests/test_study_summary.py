@@ -6,9 +6,10 @@ import pytest
 from PIL import Image
 from test_study_table import write_run, write_runs
 
+from timm_emoreg.marks import between_marks
 from timm_emoreg.study import main
 from timm_emoreg.study_grid import StudyError
-from timm_emoreg.study_summary import MARKS, draw_summary, make_summary, read_summary, write_between
+from timm_emoreg.study_summary import draw_summary, make_summary, read_summary
 from timm_emoreg.study_table import compare, interval, read_settings
 
 ROOT = Path(__file__).parents[1]
@@ -93,14 +94,13 @@ def test_the_command_writes_between_the_marks(csv, capsys):
     assert readme.read_text() == f'before\n<!-- study -->\n{table}<!-- /study -->\nafter\n'
     assert csv.with_suffix('.png').is_file()
     readme.write_text('no marks')
-    with pytest.raises(StudyError, match=r'README\.md: holds no <!-- study --> \.\.\. <!-- /study --> to write'):
-        write_between(readme, table)
+    assert main(['summary', str(csv), '--write', str(readme)]) == 2
+    assert 'README.md: holds no <!-- study --> ... <!-- /study --> to write between' in capsys.readouterr().err
     assert readme.read_text() == 'no marks'
 
 
 def test_the_readme_has_the_table_of_the_results():
     if not (ROOT / 'README.md').is_file():
         pytest.skip('an installed package has no README beside it')
-    found = MARKS.search((ROOT / 'README.md').read_text(encoding='utf-8'))
-    assert found, 'README.md holds no <!-- study --> ... <!-- /study -->'
-    assert found[0] == found[1] + make_summary(read_summary(ROOT / 'hub_cards/study/summary.csv')) + found[2]
+    table = make_summary(read_summary(ROOT / 'hub_cards/study/summary.csv'))
+    assert between_marks(ROOT / 'README.md', 'study') == table.rstrip('\n')

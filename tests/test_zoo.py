@@ -12,7 +12,7 @@ import timm_emoreg
 from timm_emoreg import emoreg_resnet, emoreg_vit, zoo
 from timm_emoreg.cards import make_table
 from timm_emoreg.emoreg import backbone_cfg
-from timm_emoreg.hub import TABLE
+from timm_emoreg.marks import between_marks
 
 ROOT = Path(timm_emoreg.__file__).parents[1]
 
@@ -40,9 +40,7 @@ def test_readme_has_the_table_of_the_records():
     readme = ROOT / 'README.md'
     if not readme.is_file():
         pytest.skip('an installed package has no README beside it')
-    found = TABLE.search(readme.read_text(encoding='utf-8'))
-    assert found, 'README.md holds no <!-- weights --> ... <!-- /weights -->'
-    assert found[0] == found[1] + make_table(zoo.WEIGHTS) + found[2]
+    assert between_marks(readme, 'weights') == make_table(zoo.WEIGHTS)
 
 
 @pytest.fixture

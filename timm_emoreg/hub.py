@@ -27,6 +27,7 @@ from .card_lint import lint_card, run_snippets
 from .cards import make_card, make_table, rounded_up
 from .checkpoint import CheckpointError
 from .data import DataError
+from .marks import write_between_marks
 from .release import ORGANISATION, ROOT, Home, HubError, build, config_text
 from .terms import licence_terms
 from .weights import WeightError, check_file, layout_of
@@ -37,7 +38,6 @@ __all__ = ['HubError', 'build', 'check', 'main', 'publish']
 EMBEDDED_LIMIT = 90_000_000  # bytes of all embedded files; the wheel has to stay below 100 MB
 WAITING_LIMIT = 60_000_000  # bytes of a file that waits in hub_cards
 PARTS = ('config.json', 'README.md', HUB_FILE)
-TABLE = re.compile('(<!-- weights -->\n).*?(\n<!-- /weights -->)', re.DOTALL)
 
 
 # -- check -------------------------------------------------------------------------------------------------------------
@@ -223,10 +223,7 @@ def _table(args: argparse.Namespace) -> None:
     if args.write is None:
         print(table)
         return
-    text = args.write.read_text(encoding='utf-8')
-    if not TABLE.search(text):
-        raise HubError(f'{args.write}: holds no <!-- weights --> ... <!-- /weights --> to write between.')
-    args.write.write_text(TABLE.sub(lambda m: m[1] + table + m[2], text), encoding='utf-8')
+    write_between_marks(args.write, 'weights', table)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -44,6 +44,7 @@ import timm_emoreg
 
 from .data import STIMULI, TARGETS, DataError, stimuli_parts
 from .data.choices import unknown_choice
+from .marks import MarksError, write_between_marks
 from .run_folder import DamagedError, read_json, write_file
 from .study_grid import (
     ARMS,
@@ -60,7 +61,7 @@ from .study_grid import (
     write_rows,
 )
 from .study_plots import draw_forest, draw_learning_curves
-from .study_summary import draw_summary, make_summary, read_summary, write_between
+from .study_summary import draw_summary, make_summary, read_summary
 from .study_table import make_table, read_settings, write_table
 
 __all__ = ['Study', 'hold', 'main']
@@ -458,7 +459,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             lines = read_summary(args.settings)
             print(make_summary(lines), end='')
             if args.write is not None:
-                write_between(args.write, make_summary(lines))
+                write_between_marks(args.write, 'study', make_summary(lines))
             draw_summary(lines, args.settings.with_suffix('.png'))
             return 0
         settings = read_settings(args.output, args.seeds)
@@ -473,7 +474,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         draw_forest(args.output, settings, args.output / 'forest.png')
         draw_learning_curves(args.output, settings, args.output / 'curves.png')
         return 0
-    except (StudyError, DamagedError, DataError, OSError, ImportError) as e:
+    except (StudyError, DamagedError, DataError, MarksError, OSError, ImportError) as e:
         print(f'study: {e}', file=sys.stderr)
         return 2
 

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -12,12 +11,11 @@ from .study_grid import StudyError, read_rows
 from .study_plots import STYLES, save
 from .study_table import Comparison, Setting, compare, controls, interval, markdown, read_settings, spread
 
-__all__ = ['Line', 'draw_summary', 'make_summary', 'read_summary', 'write_between']
+__all__ = ['Line', 'draw_summary', 'make_summary', 'read_summary']
 
 ARM = 'regulated'
 VERSUS = ('plain', 'init', 'shuffled', 'unlabelled')
 COLUMNS = ('setting', 'folder', 'stimuli', 'target', 'train_images', 'seeds')
-MARKS = re.compile(r'(<!-- study -->\n).*?(<!-- /study -->)', re.DOTALL)
 
 
 class Line(NamedTuple):
@@ -86,20 +84,6 @@ def make_summary(lines: Sequence[Line]) -> str:
                      *(cell(line, versus) for versus in VERSUS)))
     header = ('stage 1 → target', 'n', 'plain', *(f'minus {versus}' for versus in VERSUS))
     return markdown(header, rows)
-
-
-def write_between(path: Path, table: str) -> None:
-    """Put the table between ``<!-- study -->`` and ``<!-- /study -->`` of a file, which is replaced as a whole.
-
-    Raises:
-        StudyError: If the file has no such marks.
-    """
-    text, n = MARKS.subn(lambda marks: marks[1] + table + marks[2], path.read_text(encoding='utf-8'))
-    if not n:
-        raise StudyError(f'{path}: holds no <!-- study --> ... <!-- /study --> to write between.')
-    part = path.with_name(path.name + '.part')
-    part.write_text(text, encoding='utf-8')
-    part.replace(path)
 
 
 def draw_summary(lines: Sequence[Line], picture: Path) -> None:

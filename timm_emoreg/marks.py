@@ -1,0 +1,40 @@
+"""Tables that a command writes into a text, between the marks ``<!-- name -->`` and ``<!-- /name -->``."""
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+__all__ = ['MarksError', 'between_marks', 'write_between_marks']
+
+
+class MarksError(ValueError):
+    """A file has no such marks."""
+
+
+def _pattern(name: str) -> re.Pattern:
+    return re.compile(f'(<!-- {name} -->\n)(.*?)(\n<!-- /{name} -->)', re.DOTALL)
+
+
+def between_marks(path: Path, name: str) -> str:
+    """What stands between the marks of a file, without the line ends beside them.
+
+    Raises:
+        MarksError: If the file has no such marks.
+    """
+    found = _pattern(name).search(path.read_text(encoding='utf-8'))
+    if not found:
+        raise MarksError(f'{path}: holds no <!-- {name} --> ... <!-- /{name} --> to write between.')
+    return found[2]
+
+
+def write_between_marks(path: Path, name: str, table: str) -> None:
+    """Replace what stands there; the file appears as a whole.
+
+    Raises:
+        MarksError: If the file has no such marks.
+    """
+    between_marks(path, name)
+    text = _pattern(name).sub(lambda marks: marks[1] + table.rstrip('\n') + marks[3], path.read_text(encoding='utf-8'))
+    part = path.with_name(path.name + '.part')
+    part.write_text(text, encoding='utf-8')
+    part.replace(path)
