@@ -719,7 +719,7 @@ def test_a_file_of_other_classes_warns_of_new_heads(shelf, tmp_path):
     file = tmp_path / 'seven.pth'
     torch.save(timm.create_model(record.name, num_classes=7).state_dict(), file)
     overlay = {'file': str(file)}
-    with pytest.warns(NewHeadsWarning, match='has 3 classes, the model 7'):
+    with pytest.warns(NewHeadsWarning, match='^the file of the overlay has 3 classes, the model 7'):
         timm.create_model(record.name, pretrained=True, num_classes=7, pretrained_cfg_overlay=overlay)
     with warnings.catch_warnings():
         warnings.simplefilter('error', NewHeadsWarning)

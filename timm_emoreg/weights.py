@@ -439,8 +439,8 @@ def create(variant: str, backbone: str, pretrained: bool, /, **kwargs: Any) -> n
     kwargs |= added
     if not pretrained or own_source:
         if pretrained:
-            source = next(str(overlay[key]) for key in SOURCES if overlay.get(key))
-            _warn_of_new_heads(source, overlay.get('num_classes', weight.num_classes), kwargs)
+            source = next(key for key in SOURCES if overlay.get(key))
+            _warn_of_new_heads(f'the {source} of the overlay', overlay.get('num_classes', weight.num_classes), kwargs)
         own_cfg = timm.get_pretrained_cfg(weight.name)
         if 'small_image' in _differing(weight, arguments):  # another form, of its usual size
             own_cfg = PretrainedCfg(**backbone_cfg(backbone, **small_image_cfg(**kwargs)))
