@@ -112,9 +112,10 @@ def test_stage_1_and_plain_are_shared(grid):
 def test_the_ratings_of_a_csv_go_to_the_runs_that_see_it(grid, tmp_path):
     table = tmp_path / 'own.csv'
     table.touch()
-    rated = ('--rating-columns', 'valence', 'arousal', '--rating-scale', '1', '9')
+    rated = ('--rating-columns', 'valence', 'arousal', '--rating-scale', '1', '1234567.5')
     runs, notes = grid(arms=['plain', 'regulated', 'shuffled', 'content', 'random', 'regulated:rehearsal=1'],
-                       stimuli=[str(table), 'emoji'], rating_columns=['valence', 'arousal'], rating_scale=[1.0, 9.0])
+                       stimuli=[str(table), 'emoji'], rating_columns=['valence', 'arousal'],
+                       rating_scale=[1.0, 1234567.5])
     assert notes == [f'content: skipped for {table}, which has only affective labels.']
     seen = {run.key: study_grid.rating_flags(run.flags) for run in runs}
     assert {key for key, flags in seen.items() if flags} == {f'resnet10t_own.csv_{name}_s0' for name in (

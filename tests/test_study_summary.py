@@ -67,10 +67,11 @@ def test_the_picture_has_a_panel_a_control(csv, figures):
 
 
 @pytest.mark.parametrize(('row', 'message'), [
-    ('', 'summary.csv: names no setting. It needs a row a setting, with the columns setting, folder, stimuli'),
+    ('', 'summary.csv: is missing or names no setting. It needs a row a setting, with the columns setting'),
     ('x,.,ferplus,cifar10,1000,0', 'for regulated runs on ferplus, cifar10, 1000 training images, and that holds them '
                                    'for 0 models. Correct the row.'),
     ('x,.,emoji,cifar10,1000,first', "seeds 'first' of x are none. Give numbers and ranges, such as 0-4."),
+    ('x,.,emoji,cifar10,1000,4-0', "seeds '4-0' of x are none"),
     ('x,.,emoji,cifar10,1000,77', 'no finished run with a seed of 77 yet'),
 ])
 def test_settings_that_are_not_there(csv, capsys, row, message):

@@ -164,7 +164,7 @@ class Ratings:
         """For train.py."""
         if not self.columns:
             return ()
-        return '--rating-columns', *self.columns, '--rating-scale', *(f'{end:g}' for end in self.scale)
+        return '--rating-columns', *self.columns, '--rating-scale', *(str(end).removesuffix('.0') for end in self.scale)
 
 
 def rating_flags(flags: Sequence[str]) -> tuple[str, ...]:

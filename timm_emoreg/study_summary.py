@@ -32,6 +32,8 @@ def _seeds(text: str) -> list[int]:
     for part in text.split():
         first, dash, last = part.partition('-')
         numbers += range(int(first), int(last if dash else first) + 1)
+    if not numbers:
+        raise ValueError('no seed')
     return numbers
 
 
@@ -47,7 +49,7 @@ def read_summary(path: Path) -> list[Line]:
     """
     rows = read_rows(path)
     if not rows or (missing := [name for name in COLUMNS if name not in rows[0]]):
-        raise StudyError(f'{path}: ' + (f'lacks the column {missing[0]}' if rows else 'names no setting')
+        raise StudyError(f'{path}: ' + (f'lacks the column {missing[0]}' if rows else 'is missing or names no setting')
                          + f'. It needs a row a setting, with the columns {", ".join(COLUMNS)}.')
     lines = []
     for row in rows:
