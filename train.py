@@ -247,6 +247,28 @@ def build_model(args, task: str, splits, experience: Experience | None):
     return model
 
 
+def checked_model(args, task: str, splits, experience: Experience | None, batch_size: int, device):
+    """The model on its device, if it takes images of these sizes and so many of them at once."""
+    try:
+        model = build_model(args, task, splits, experience)
+        if args.grad_checkpointing:
+            model.set_grad_checkpointing()
+    except (AssertionError, RuntimeError, TypeError, ValueError) as e:
+        raise ModelError(f'--model {args.model} cannot be built so: {reason_of(e)}. Change --model-kwargs, --img-size, '
+                         '--small-image, --grad-checkpointing or --experience.') from e
+    model.to(device)
+    if args.channels_last:
+        model.to(memory_format=torch.channels_last)
+    check_takes(model, args.model, '--img-size', args.img_size, device)
+    if args.start_img_size is not None:
+        check_takes(model, args.model, '--start-img-size', args.start_img_size, device)
+    synced = args.sync_bn and args.distributed
+    if batch_size == 1 and not synced:
+        check_takes_one(model, args.model, args.start_img_size or args.img_size, device)
+    # timm's own, which keeps the activation that many of its layers hold
+    return convert_sync_batchnorm(model) if synced else model
+
+
 def build_task(args, task: str, model, splits, soft_targets: bool, device, stimuli):
     if task == 'affect':
         return AffectTask(model, splits.target.kind, splits.target.names, smoothing=args.smoothing, device=device)
@@ -256,6 +278,38 @@ def build_task(args, task: str, model, splits, soft_targets: bool, device, stimu
                           stimuli.target.kind if stimuli else 'class', args.smoothing, criterion_kwargs=criterion,
                           device=device)
     return ClassificationTask(model, criterion_kwargs=criterion, device=device)
+
+
+def choices_of(args, model, shown: dict, device) -> dict[str, str]:
+    """What is fast and free here and now, for the sets that are `shown`, and so must not be chosen again."""
+    size = (args.img_size, args.img_size)
+    precision = choose_precision(device, args.amp_dtype if args.amp else None)
+    attention = choose_attention(model, device, precision, args.img_size)
+    return {'precision': precision} | ({'attention': attention} if attention else {}) | {
+        name: choose_kind(len(splits.train), size, device, not args.no_aug, args.world_size)
+        if args.loader == 'auto' else args.loader for name, splits in shown.items()}
+
+
+def recipe_of(args, task: str, model, batch_size: int) -> dict:
+    """Optimizer, rate and decay of a stage: the usual ones of its task, unless a flag gives others."""
+    recipe = {'batch_size': batch_size} | usual_recipe(model, task, args.opt, batch_size)
+    return recipe | {name: value for name in ('lr', 'weight_decay', 'opt_kwargs')
+                     if (value := getattr(args, name)) not in (None, {})}
+
+
+def optimizer_of(args, task: str, model, recipe: dict, epochs: int, updates: int):
+    """Optimizer and scheduler, `updates` of them an epoch."""
+    lr = recipe['lr']
+    optimizer = create_optimizer_v2(model, opt=recipe['opt'], lr=lr, weight_decay=recipe['weight_decay'],
+                                    momentum=args.momentum, layer_decay=args.layer_decay, **recipe['opt_kwargs'])
+    if task == 'emoreg' and args.affect_lr_scale != 1:
+        scale_affect_lr(optimizer, unwrap_model(model), args.affect_lr_scale)
+    scheduler, _ = create_scheduler_v2(
+        optimizer, args.sched, num_epochs=epochs, decay_epochs=args.decay_epochs or epochs / 3,
+        decay_rate=args.decay_rate or (1.0 if args.sched == 'poly' else 0.1),
+        warmup_epochs=min(args.warmup_epochs, epochs / 4), warmup_lr=args.warmup_lr * lr, min_lr=args.min_lr * lr,
+        step_on_epochs=False, updates_per_epoch=updates)
+    return optimizer, scheduler
 
 
 # -- the loop ----------------------------------------------------------------------------------------------------------
@@ -356,6 +410,42 @@ def evaluate(task, loader, autocast, args, predictions: list | None = None):
     return evaluator.compute(distributed=args.distributed)
 
 
+def restore(args, path: Path, data: str, task, optimizer, scheduler, scaler, saver, updates: int) -> int:
+    """Take up a stopped run where the checkpoint left it; gives the epoch to go on with."""
+    state = load_training_checkpoint(path)
+    if getattr(state['args'], 'data_digest', args.data_digest) != args.data_digest:
+        raise DataError(f'{path}: was trained on other images, labels or parts of {data}. Restore them as they '
+                        'were, or start a run of its own.')
+    task.load_checkpoint_state(state['state_dict'], state.get('task_state'))
+    if args.model_ema:
+        task.load_checkpoint_state(state['state_dict_ema'], state.get('task_state_ema'), ema=True)
+    optimizer.load_state_dict(state['optimizer'])
+    if scaler is not None:
+        scaler.load_state_dict(state[scaler.state_dict_key])
+    args.first_step, args.sums = state['args'].first_step, state['args'].sums
+    args.start -= getattr(state['args'], 'seconds', 0.0)  # those of the attempts before count, too
+    epoch = state['epoch'] if args.first_step else state['epoch'] + 1
+    scheduler.step_update(num_updates=epoch * updates + args.first_step // args.grad_accum_steps)
+    if saver is not None:
+        saver.load_state_dict(state['saver'])
+        with writing(path.parent):
+            restore_best(path.parent, saver.best_epoch)
+    return epoch
+
+
+def write_result(args, out: Path, result: dict, predictions: list | None) -> None:
+    with writing(out):
+        if predictions is not None:
+            rows = '\n'.join(f'{target},{prediction}' for target, prediction in predictions)
+            write_file(out / 'predictions.csv', f'target,prediction\n{rows}\n')
+        try:
+            draw_curves(out / 'summary.csv', out / 'curves.png', result['metric'],
+                        f'{args.experiment}: {result["task"]}')
+        except (FileNotFoundError, ValueError) as e:  # a summary that was lost or damaged takes no result with it
+            say(args, f'curves.png is not drawn: {e}')
+        write_file(out / 'result.json', json.dumps(result, indent=1))
+
+
 def run_stage(args, task_name: str, splits, device, experience: Experience | None = None, stimuli=None) -> dict:
     """Train one stage, choose its best epoch on the validation part, and look at the test part once.
 
@@ -377,24 +467,8 @@ def run_stage(args, task_name: str, splits, device, experience: Experience | Non
 
     # model and task
     random_seed(args.seed)
-    try:
-        model = build_model(args, task_name, splits, experience)
-        if args.grad_checkpointing:
-            model.set_grad_checkpointing()
-    except (AssertionError, RuntimeError, TypeError, ValueError) as e:
-        raise ModelError(f'--model {args.model} cannot be built so: {reason_of(e)}. Change --model-kwargs, --img-size, '
-                         '--small-image, --grad-checkpointing or --experience.') from e
-    model.to(device)
-    if args.channels_last:
-        model.to(memory_format=torch.channels_last)
-    check_takes(model, args.model, '--img-size', args.img_size, device)
-    if args.start_img_size is not None:
-        check_takes(model, args.model, '--start-img-size', args.start_img_size, device)
-    size, batch_size = (args.img_size, args.img_size), batch_of_a_step(args, task_name, splits, stimuli)
-    if batch_size == 1 and not (args.sync_bn and args.distributed):
-        check_takes_one(model, args.model, args.start_img_size or args.img_size, device)
-    if args.sync_bn and args.distributed:
-        model = convert_sync_batchnorm(model)  # timm's own, which keeps the activation that many of its layers hold
+    batch_size = batch_of_a_step(args, task_name, splits, stimuli)
+    model = checked_model(args, task_name, splits, experience, batch_size, device)
     mix = task_name != 'affect' and max(args.mixup, args.cutmix) > 0
     mixup = None
     if mix:
@@ -408,13 +482,8 @@ def run_stage(args, task_name: str, splits, device, experience: Experience | Non
         task.prepare_distributed(device_ids=[device] if device.type == 'cuda' else None)
 
     # data
-    def choose() -> dict[str, str]:  # by what is fast and free here now, so it must not be chosen again
-        shown = {'loader': splits} | ({'stimuli_loader': stimuli} if stimuli else {})
-        precision = choose_precision(device, args.amp_dtype if args.amp else None)
-        attention = choose_attention(model, device, precision, args.img_size)
-        return {'precision': precision} | ({'attention': attention} if attention else {}) | {
-            name: choose_kind(len(one.train), size, device, not args.no_aug, args.world_size)
-            if args.loader == 'auto' else args.loader for name, one in shown.items()}
+    def choose() -> dict[str, str]:
+        return choices_of(args, model, {'loader': splits} | ({'stimuli_loader': stimuli} if stimuli else {}), device)
 
     chosen = first_decides(lambda: chosen_once(out / 'choices.json', choose), args)
     if chosen.get('attention') == 'plain':
@@ -422,32 +491,21 @@ def run_stage(args, task_name: str, splits, device, experience: Experience | Non
 
     def loader_of(splits, part, kind=args.loader):
         return make_loader(
-            part, size, batch_size, resolve_model_data_config(model), training=part is splits.train, kind=kind,
-            device=device, augment=not args.no_aug, flip=args.hflip if splits.flip_safe else 'none',
-            cutout=args.cutout, seed=args.seed, channels_last=args.channels_last, workers=args.workers,
-            rank=args.rank, world_size=args.world_size)
+            part, (args.img_size, args.img_size), batch_size, resolve_model_data_config(model),
+            training=part is splits.train, kind=kind, device=device, augment=not args.no_aug,
+            flip=args.hflip if splits.flip_safe else 'none', cutout=args.cutout, seed=args.seed,
+            channels_last=args.channels_last, workers=args.workers, rank=args.rank, world_size=args.world_size)
 
     train_loader = loader_of(splits, splits.train, chosen['loader'])
     validation_loader, test_loader = (loader_of(splits, part) for part in (splits.validation, splits.test))
-    whole_batch = batch_size * args.world_size * args.grad_accum_steps  # where it could not be divided evenly
 
     # recipe
-    epochs = args.affect_epochs or args.epochs if task_name == 'affect' else args.epochs
-    recipe = {'batch_size': whole_batch} | usual_recipe(model, task_name, args.opt, whole_batch)
-    recipe |= {name: value for name in ('lr', 'weight_decay', 'opt_kwargs')
-               if (value := getattr(args, name)) not in (None, {})}
-    opt, lr = recipe['opt'], recipe['lr']
-    updates = len(train_loader) // args.grad_accum_steps
-    optimizer = create_optimizer_v2(model, opt=opt, lr=lr, weight_decay=recipe['weight_decay'], momentum=args.momentum,
-                                    layer_decay=args.layer_decay, **recipe['opt_kwargs'])
-    if task_name == 'emoreg' and args.affect_lr_scale != 1:
-        scale_affect_lr(optimizer, unwrap_model(model), args.affect_lr_scale)
-    scheduler, _ = create_scheduler_v2(
-        optimizer, args.sched, num_epochs=epochs, decay_epochs=args.decay_epochs or epochs / 3,
-        decay_rate=args.decay_rate or (1.0 if args.sched == 'poly' else 0.1),
-        warmup_epochs=min(args.warmup_epochs, epochs / 4), warmup_lr=args.warmup_lr * lr, min_lr=args.min_lr * lr,
-        step_on_epochs=False, updates_per_epoch=updates)
     precision = chosen['precision']
+    epochs = args.affect_epochs or args.epochs if task_name == 'affect' else args.epochs
+    whole_batch = batch_size * args.world_size * args.grad_accum_steps  # where it could not be divided evenly
+    recipe = recipe_of(args, task_name, model, whole_batch)
+    updates = len(train_loader) // args.grad_accum_steps
+    optimizer, scheduler = optimizer_of(args, task_name, model, recipe, epochs, updates)
     if device.type == 'cpu' and precision == 'float32':
         orthogonalize_in_float32(optimizer)
     autocast = autocast_in(device, precision)
@@ -458,7 +516,8 @@ def run_stage(args, task_name: str, splits, device, experience: Experience | Non
     pixels = f'{args.start_img_size} to {args.img_size}' if args.start_img_size is not None else args.img_size
     say(args, f'{task_name}: {args.model} ({form}, {pixels} px, '
               f'{sum(p.numel() for p in model.parameters()):,} parameters) on {splits.summary()}; {epochs} epochs, '
-              f'{opt}, lr {lr:g}, batch {whole_batch}, {precision}, {kernel}{type(train_loader).__name__} on {device}')
+              f'{recipe["opt"]}, lr {recipe["lr"]:g}, batch {whole_batch}, {precision}, {kernel}'
+              f'{type(train_loader).__name__} on {device}')
     if args.start_img_size is not None:
         train_loader = ProgressiveLoader(train_loader, args.start_img_size, epochs)
     if stimuli is not None:
@@ -473,25 +532,8 @@ def run_stage(args, task_name: str, splits, device, experience: Experience | Non
                                 checkpoint_dir=str(out), recovery_dir=str(out))
     found = newest_checkpoint(out)
     if found:
-        state = load_training_checkpoint(found)
-        if getattr(state['args'], 'data_digest', args.data_digest) != args.data_digest:
-            raise DataError(f'{found}: was trained on other images, labels or parts of {splits.name}'
-                            + (f' or {stimuli.name}' if stimuli else '') + '. Restore them as they were, or start a '
-                            'run of its own.')
-        task.load_checkpoint_state(state['state_dict'], state.get('task_state'))
-        if args.model_ema:
-            task.load_checkpoint_state(state['state_dict_ema'], state.get('task_state_ema'), ema=True)
-        optimizer.load_state_dict(state['optimizer'])
-        if scaler is not None:
-            scaler.load_state_dict(state[scaler.state_dict_key])
-        args.first_step, args.sums = state['args'].first_step, state['args'].sums
-        args.start -= getattr(state['args'], 'seconds', 0.0)  # those of the attempts before count, too
-        first_epoch = state['epoch'] if args.first_step else state['epoch'] + 1
-        scheduler.step_update(num_updates=first_epoch * updates + args.first_step // args.grad_accum_steps)
-        if saver is not None:
-            saver.load_state_dict(state['saver'])
-            with writing(out):
-                restore_best(out, saver.best_epoch)
+        data = splits.name + (f' or {stimuli.name}' if stimuli else '')
+        first_epoch = restore(args, found, data, task, optimizer, scheduler, scaler, saver, updates)
         say(args, f'{found}: going on with epoch {first_epoch + 1}, step {args.first_step + 1}')
     if saver is not None:
         with writing(out):  # also without a checkpoint: the row of an epoch is written before its first one
@@ -547,15 +589,7 @@ def run_stage(args, task_name: str, splits, device, experience: Experience | Non
             f'CPU, {torch.get_num_threads()} threads'),
     }
     if is_primary(args):
-        with writing(out):
-            if predictions is not None:
-                rows = '\n'.join(f'{target},{prediction}' for target, prediction in predictions)
-                write_file(out / 'predictions.csv', f'target,prediction\n{rows}\n')
-            try:
-                draw_curves(out / 'summary.csv', out / 'curves.png', metric, f'{args.experiment}: {task_name}')
-            except (FileNotFoundError, ValueError) as e:  # a summary that was lost or damaged takes no result with it
-                say(args, f'curves.png is not drawn: {e}')
-            write_file(out / 'result.json', json.dumps(result, indent=1))
+        write_result(args, out, result, predictions)
     return result
 
 
