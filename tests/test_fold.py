@@ -80,3 +80,10 @@ def test_a_folded_model_is_fed_and_answers_as_before():
 def test_refusals(kwargs, message):
     with pytest.raises(FoldError, match=message):
         fold(create(device='meta', **kwargs))
+
+
+def test_wrappers_are_looked_through_and_other_models_refused():
+    compiled = torch.compile(create('test_resnet', modulation=False))
+    assert type(fold(compiled)) is type(timm.create_model('test_resnet'))
+    with pytest.raises(FoldError, match='ResNet is no EmoReg, there is nothing to fold'):
+        fold(timm.create_model('test_resnet'))

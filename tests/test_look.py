@@ -222,6 +222,7 @@ def test_a_model_of_other_classes_is_refused(tmp_path, classifier, capsys):
     (['--dataset', 'emoji', '--model', WEIGHT, '--limit', '0'], '--limit 0: expected 1 or more'),
     (['--dataset', 'emojy', '--model', WEIGHT], "data set 'emojy' is unknown"),
     ([*['PICTURE'] * 65, '--model', WEIGHT], '65 images are too many rows for one picture. Give at most 64'),
+    (['PICTURE', '--model', WEIGHT, '--device', 'meta'], '--device meta: torch cannot compute there ('),
     (['PICTURE', '--model', WEIGHT, '--device', 'gpu'], '--device gpu: torch cannot compute there (Expected one of'),
 ])
 def test_what_does_not_fit_is_refused(tmp_path, picture, monkeypatch, capsys, argv, message):

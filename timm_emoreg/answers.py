@@ -76,7 +76,7 @@ def check_device(device: str) -> None:
         DataError: If it is none, or not there.
     """
     try:
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()  # which 'meta' has not
     except (RuntimeError, AssertionError) as e:
         raise DataError(f'--device {device}: torch cannot compute there ({str(e).splitlines()[0]}). Leave it out, or '
                         'give cpu.') from None

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import torch
 from timm.models.resnet import ResNet
+from timm.utils import unwrap_model
 from torch import nn
 
 from .backbone import OF_THE_WEIGHTS, put_classifier
@@ -38,6 +39,9 @@ def fold(model: EmoReg) -> nn.Module:
     Raises:
         FoldError: If the model is none of these, or if the family's own classifier is no linear map.
     """
+    model = unwrap_model(model)
+    if not isinstance(model, EmoReg):
+        raise FoldError(f'{type(model).__name__} is no EmoReg, there is nothing to fold. Give a regulated model.')
     name = getattr(model.backbone, 'pretrained_cfg', {}).get('architecture', type(model.backbone).__name__)
     if model.experience != 'shared':
         why = "experience='separate' reads two backbones"
