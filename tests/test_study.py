@@ -267,9 +267,43 @@ def test_a_table_without_runs_overwrites_nothing(run, tmp_path, capsys):
 def test_a_run_with_other_flags_is_no_run_of_this_study(run, tmp_path):
     assert run('--arms', 'plain', '--seeds', 0)[0] == 0
     status, _, err = run('--arms', 'plain', '--seeds', 0, own=('--lr', '0.2'))
-    assert status == 2
-    assert 'test_resnet_cifar10_1000_plain_s0 was begun with the flags "--model test_resnet' in err
-    assert '--lr 0.2". Give the same ones, or another --output.' in err
+    assert (status, err) == (2, 'study: test_resnet_cifar10_1000_plain_s0 was begun with other flags: "nothing" then, '
+                             '"--lr 0.2" now. Give the same ones, or another --output.\n')
+
+
+@pytest.mark.parametrize(('before', 'now', 'shown'), [
+    ('--a 1 --b 2 --c', '--a 1 --b 3 --c', ('--b 2', '--b 3')),
+    ('--a 1 --b 2', '--a 1', ('--b 2', '')),
+    ('--a 1', '--a 1 2', ('--a 1', '--a 1 2')),
+    ('--a 1 --b 1', '--a 2 --b 2', ('--a 1 --b 1', '--a 2 --b 2')),
+    ('--a', '--a --a', ('', '--a')),
+])
+def test_what_differs_is_shown_with_its_flag(before, now, shown):
+    assert study._differing(before.split(), now.split()) == shown
+
+
+@pytest.fixture
+def pictures(tmp_path) -> Path:
+    for name in ('sea', 'sky'):
+        (tmp_path / 'pictures' / name).mkdir(parents=True)
+        for i in range(12):
+            Image.new('RGB', (8, 8)).save(tmp_path / 'pictures' / name / f'{i}.png')
+    return tmp_path / 'pictures'
+
+
+def test_a_set_of_ones_own_may_be_named_in_other_words_but_must_not_change(run, tmp_path, pictures, monkeypatch):
+    both = ('--stimuli', pictures, '--targets', pictures, '--seeds', 0, '--arms', 'plain')
+    assert run(*both)[0] == 0
+    monkeypatch.chdir(tmp_path)
+    both = ('--stimuli', 'pictures/', '--targets', './pictures', '--seeds', 0, '--arms', 'plain', 'random')
+    assert '1 runs to do, 1 finished before' in run(*both)[1]
+    assert {row['target'] for row in read_rows(tmp_path / 's/results.csv')} == {str(pictures)}
+    shutil.copyfile(pictures / 'sky/1.png', pictures / 'sky/new.png')
+    status, _, err = run(*both, '--arms', 'init')
+    assert (status, err) == (2, f'study: {pictures}: holds other images, labels or parts than when this study began. '
+                             'Restore it as it was, or give another --output.\n')
+    (pictures / 'sky/new.png').unlink()
+    assert run(*both, '--arms', 'init')[0] == 0
 
 
 def test_runs_that_would_be_compared_have_one_recipe(run, tmp_path):

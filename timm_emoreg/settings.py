@@ -5,7 +5,6 @@ A wrong setting is refused before anything is trained or written.
 from __future__ import annotations
 
 import json
-import os
 from argparse import Namespace
 from collections.abc import Collection
 from datetime import datetime
@@ -16,7 +15,7 @@ import torch
 from timm.optim import create_optimizer_v2
 
 from . import BACKBONES
-from .data import STIMULI, TARGETS, DataError, Splits, stimuli_parts
+from .data import STIMULI, TARGETS, DataError, Splits, absolute, stimuli_parts
 from .data.progressive import SMALLEST
 from .data.resident import check_fills_a_batch
 from .regulation import check_regulation
@@ -61,8 +60,7 @@ def complete_settings(args: Namespace, given: Collection[str]) -> Namespace:
     for name, known in (('data_dir', ()), ('experience', ()), ('stimuli', STIMULI), ('dataset', TARGETS)):
         if (value := getattr(args, name)) is not None:  # a resumed run may have another working directory
             parts = stimuli_parts(value) if name == 'stimuli' else (value,)
-            setattr(args, name, '+'.join(
-                os.path.abspath(part) if part not in known and os.path.exists(part) else part for part in parts))
+            setattr(args, name, '+'.join(absolute(part, known) for part in parts))
     if args.resume:
         return _of_saved_run(args, given)
 

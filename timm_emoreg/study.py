@@ -42,7 +42,7 @@ import timm
 
 import timm_emoreg
 
-from .data import STIMULI, TARGETS, DataError, stimuli_parts
+from .data import STIMULI, TARGETS, DataError, absolute, stimuli_parts
 from .data.choices import unknown_choice
 from .marks import MarksError, write_between_marks
 from .run_folder import DamagedError, read_json, write_file
@@ -53,6 +53,7 @@ from .study_grid import (
     Ratings,
     Run,
     StudyError,
+    data_digests,
     images_seen,
     plan,
     rating_flags,
@@ -88,6 +89,16 @@ def hold(folder: Path) -> Iterator[int]:
         file.write(str(os.getpid()))
         file.flush()
         yield file.fileno()
+
+
+def _differing(before: Sequence[str], now: Sequence[str]) -> tuple[str, str]:
+    """What differs between two command lines, from the first flag to the last one of it."""
+    start = next((i for i, (a, b) in enumerate(zip(before, now, strict=False)) if a != b), min(len(before), len(now)))
+    end = next((i for i, (a, b) in enumerate(zip(reversed(before[start:]), reversed(now[start:]), strict=False))
+                if a != b), min(len(before), len(now)) - start)
+    while start and not (before[start:] or now[start:])[0].startswith('-'):  # a value is shown with its flag
+        start -= 1
+    return tuple(shlex.join(line[start:len(line) - end]) for line in (before, now))
 
 
 def _hours(seconds: float) -> str:
@@ -138,20 +149,32 @@ class Study:
         return self._result(run).is_file() or any(row['key'] == run.key for rows in self.rows.values() for row in rows)
 
     def check(self, runs: Sequence[Run]) -> None:
-        """Refuse runs that were made, or begun, with other flags, and those of another recipe than the finished ones
-        that they would be compared with.
+        """Refuse runs that were made, or begun, with other flags, those of another recipe than the finished ones that
+        they would be compared with, and those of a set that has changed since.
 
         Raises:
             StudyError: If there is one.
+            DataError: If a set cannot be used.
         """
         before = {row['key']: row['flags'] for rows in self.rows.values() for row in rows}
         for run in runs:
             recorded = self._recorded(run)
-            flags = shlex.join(recorded['flags']) if recorded else before.get(run.key)
-            if flags not in (None, shlex.join(run.flags)):
-                raise StudyError(f'{run.key} was begun with the flags "{flags}", and now they are '
-                                 f'"{shlex.join(run.flags)}". Give the same ones, or another --output.')
+            flags = recorded['flags'] if recorded else shlex.split(before.get(run.key, shlex.join(run.flags)))
+            if flags != list(run.flags):
+                then, now = _differing(flags, run.flags)
+                raise StudyError(f'{run.key} was begun with other flags: "{then or "nothing"}" then, '
+                                 f'"{now or "nothing"}" now. Give the same ones, or another --output.')
         self._check_recipes(runs)
+        known = self._known_data()
+        for name, digest in data_digests(runs, self.data_dir, self.ratings).items():
+            if known.get(name, digest) != digest:
+                raise StudyError(f'{name}: holds other images, labels or parts than when this study began. Restore it '
+                                 'as it was, or give another --output.')
+
+    def _known_data(self) -> dict[str, str]:
+        """The digests of the sets that runs were started with."""
+        path = self.folder / 'data.json'
+        return read_json(path) if path.is_file() else {}
 
     def _check_recipes(self, runs: Sequence[Run]) -> None:
         found: dict[tuple, tuple[str, object]] = {}  # what must be common -> the run that had it first, and its value
@@ -277,6 +300,8 @@ class Study:
         done = {run.key for run in runs if self.is_finished(run)}
         total, count = len(waiting), 0
         print(f'{total} runs to do, {len(done)} finished before; {self.jobs} at a time', flush=True)
+        if digests := data_digests(waiting, self.data_dir, self.ratings):
+            write_file(self.folder / 'data.json', json.dumps(self._known_data() | digests, indent=1))
         running: dict[int, tuple[Run, subprocess.Popen, float]] = {}
         failed: dict[str, str] = {}
         stopped = 0
@@ -416,6 +441,8 @@ def _run(args: argparse.Namespace) -> int:
         args.threads = max(1, cores // max(1, args.jobs))
     args.train_script = args.train_script or Path(timm_emoreg.__file__).parents[1] / 'train.py'
     _check(args)
+    args.stimuli = ['+'.join(absolute(part, STIMULI) for part in stimuli_parts(name)) for name in args.stimuli]
+    args.targets = [absolute(name, TARGETS) for name in args.targets]
     runs, notes = plan(args)
     print(*notes, sep='\n', end='\n' if notes else '')
 

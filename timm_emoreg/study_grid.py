@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-from .data import load_stimuli, load_target, stimuli_parts
+from .data import STIMULI, TARGETS, load_stimuli, load_target, stimuli_parts
 from .data.choices import unknown_choice
 
-__all__ = ['ARMS', 'COLUMNS', 'RESERVED', 'Arm', 'Ratings', 'Run', 'StudyError', 'images_seen', 'parse_arm', 'plan',
-           'rating_flags', 'read_rows', 'recipe', 'short_name', 'write_rows']
+__all__ = ['ARMS', 'COLUMNS', 'RESERVED', 'Arm', 'Ratings', 'Run', 'StudyError', 'data_digests', 'images_seen',
+           'parse_arm', 'plan', 'rating_flags', 'read_rows', 'recipe', 'short_name', 'write_rows']
 
 
 class StudyError(ValueError):
@@ -185,6 +185,23 @@ def stimuli_images(name: str, data_dir: str | None, ratings: Ratings) -> int:
 def target_images(name: str, data_dir: str | None) -> int:
     """Number of training images of the whole classification."""
     return len(load_target(name, data_dir).train)
+
+
+def data_digests(runs: Iterable[Run], data_dir: str | None, ratings: Ratings) -> dict[str, str]:
+    """`Splits.digest` of each set of the runs that is no published one, but files that may change.
+
+    Raises:
+        DataError: If one cannot be used.
+    """
+    digests = {}
+    for run in runs:
+        if run.target and run.target not in TARGETS and run.target not in digests:
+            digests[run.target] = load_target(run.target, data_dir).digest()
+        if not set(stimuli_parts(run.stimuli)) <= {'', *STIMULI} and run.stimuli not in digests:
+            columns, scale = ratings.of(run.stimuli).columns, ratings.of(run.stimuli).scale
+            digests[run.stimuli] = load_stimuli(run.stimuli, data_dir, rating_columns=columns or None,
+                                                rating_scale=scale or None).digest()
+    return digests
 
 
 def images_seen(run: Run, data_dir: str | None, ratings: Ratings) -> int:

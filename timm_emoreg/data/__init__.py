@@ -9,8 +9,8 @@ from .choices import unknown_choice
 from .folders import default_data_dir
 from .sets import DataError, ImageSet, Splits, Target
 
-__all__ = ['STIMULI', 'TARGETS', 'DataError', 'ImageSet', 'Splits', 'Target', 'default_data_dir', 'load_stimuli',
-           'load_target', 'stimuli_parts']
+__all__ = ['STIMULI', 'TARGETS', 'DataError', 'ImageSet', 'Splits', 'Target', 'absolute', 'default_data_dir',
+           'load_stimuli', 'load_target', 'stimuli_parts']
 
 # the first label of each set is its default
 STIMULI = {
@@ -27,6 +27,13 @@ def _own_path(name: str, what: str, known: Sequence[str], kinds: str) -> Path:
     if not os.path.exists(path):  # False, not an error, for the empty name and for any that no file can have
         raise unknown_choice('', what, name, known, f'Or give the path of {kinds}; there is none of that name.')
     return Path(path)
+
+
+def absolute(name: str, known: Sequence[str] = ()) -> str:
+    """One of the `known` names as it is, and the path of something that exists as an absolute one, so that it means
+    the same in another working directory."""
+    path = os.path.expanduser(name)
+    return os.path.abspath(path) if name not in known and os.path.exists(path) else name
 
 
 def stimuli_parts(name: str) -> tuple[str, ...]:
