@@ -1,8 +1,11 @@
 """From a name or a run to a model whose outputs have names."""
 import argparse
+import csv
 import dataclasses
 import json
 import shutil
+import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +17,8 @@ import timm_emoreg  # noqa: F401  registers the models
 from timm_emoreg.answers import answer, describe_set
 from timm_emoreg.checkpoint import CheckpointError
 from timm_emoreg.data import DataError, load_target
-from timm_emoreg.trained import released_model, trained_model
+from timm_emoreg.data.loader import make_loader
+from timm_emoreg.trained import need_affect, released_model, trained_model
 
 
 @pytest.fixture(scope='module')
@@ -106,18 +110,38 @@ def test_classes_keep_the_names_that_they_were_trained_under(run, tmp_path):
     assert [twice.label(i) for i in range(3)] == ['crane (0)', 'cat', 'crane (2)']
 
 
-def test_a_plain_run_with_a_stage_1_is_a_plain_model(run, tmp_path):
+@pytest.mark.parametrize('name', ['test_resnet', 'test_vit'])
+def test_a_plain_run_is_the_backbone_in_its_form(folder, train, tmp_path, monkeypatch, name):
+    monkeypatch.setattr(signal, 'signal', lambda *_: None)
+    monkeypatch.setattr(sys, 'argv', ['train.py', '--task', 'plain', '--model', name, '--dataset', str(folder), '-b',
+                                      '8', '--img-size', '32', '--epochs', '1', '--no-amp', '--output', str(tmp_path),
+                                      '--experiment', 'run'])
+    assert train.main() == 0
+    trained = trained_model(tmp_path / 'run')
+    assert (trained.label_names, trained.img_size) == (('blue', 'green', 'red'), (32, 32))
+    config = timm.data.resolve_model_data_config(trained.model)
+    assert (config['input_size'], config['interpolation'], config['crop_mode']) == ((3, 32, 32), 'bicubic', 'squash')
+    assert not any(trained.model.pretrained_cfg.get(k) for k in ('hf_hub_id', 'url', 'tag'))
+    loader = make_loader(load_target(str(folder)).test, trained.img_size, 8, config)
+    with torch.no_grad():
+        answers = torch.cat([trained.model(x).argmax(dim=1) for x, _ in loader]).tolist()
+    with open(tmp_path / 'run/plain/predictions.csv', newline='') as file:
+        assert answers == [int(row['prediction']) for row in csv.DictReader(file)]
+    with pytest.raises(DataError, match='run has no affect response: it is a plain model'):
+        need_affect(trained)
+
+
+def test_the_stage_1_of_a_plain_run_is_not_what_it_was_for(run, tmp_path):
     shutil.copytree(run / 'affect', tmp_path / 'affect')
     assert trained_model(tmp_path).affect_names == ('blue', 'green', 'red')
     (tmp_path / 'plain').mkdir()
-    with pytest.raises(DataError, match='has no affect response: it is a plain model'):
+    with pytest.raises(CheckpointError, match=r'holds no model_best\.pth\.tar, neither itself nor in its folders'):
         trained_model(tmp_path)
 
 
 @pytest.mark.parametrize(('make', 'error', 'message'), [
     (lambda path, run: path, CheckpointError, 'holds no model_best.pth.tar'),
     (lambda path, run: path / 'nowhere', CheckpointError, 'there is no such checkpoint'),
-    (lambda path, run: (path / 'plain').mkdir() or path, DataError, 'has no affect response: it is a plain model'),
     (lambda path, run: torch.save({'state_dict': {}}, path / 'a.pth') or path / 'a.pth', CheckpointError,
      'train.py did not write it'),
     (lambda path, run: torch.save({'state_dict': {}, 'args': argparse.Namespace()}, path / 'a.pth') or path / 'a.pth',

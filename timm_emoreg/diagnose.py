@@ -27,7 +27,7 @@ from .data import DataError, ImageSet, load_stimuli, load_target
 from .data.controls import predict_rotation
 from .experience import find_experience
 from .metrics import EmotionEvaluator, RatingEvaluator
-from .trained import Trained, some, trained_model
+from .trained import Trained, need_affect, some, trained_model
 from .weights import WeightError
 
 __all__ = ['affect_quality', 'diagnose', 'main', 'with_constant_state']
@@ -136,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         check_device(args.device)
         experience = find_experience(args.experience)
-        trained = trained_model(args.run, args.experience)
+        trained = need_affect(trained_model(args.run, args.experience))
         data_dir = args.data_dir or trained.data_dir
         ratings = {name: getattr(args, name) for name in ('rating_columns', 'rating_scale') if getattr(args, name)}
         rotation = args.stimuli_labels == 'rotation'

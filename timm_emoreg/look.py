@@ -26,7 +26,7 @@ from .data import DataError, ImageSet, Target, load_target
 from .data.sets import read_picture
 from .image_picture import draw_images
 from .set_picture import draw_set
-from .trained import Trained, released_model, some, trained_model
+from .trained import Trained, need_affect, released_model, some, trained_model
 from .weights import WeightError
 
 __all__ = ['main']
@@ -111,7 +111,7 @@ def main(argv: list[str] | None = None) -> int:
         _check(args)
         pictures = [_open(path) for path in args.images]
         trained = (released_model(args.model) if args.model is not None else
-                   trained_model(args.checkpoint, args.experience))
+                   need_affect(trained_model(args.checkpoint, args.experience)))
         if args.images:
             _look_at_images(args, trained, pictures)
         else:

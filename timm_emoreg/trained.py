@@ -10,14 +10,16 @@ import timm
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
 from timm.data import resolve_model_data_config
+from torch import nn
 
 from . import BACKBONES, EmoReg, zoo
+from .backbone import OF_THE_WEIGHTS, create_backbone
 from .checkpoint import CheckpointError, load_training_checkpoint
 from .data import DataError
 from .data.choices import unknown_choice
 from .experience import Experience, find_experience
 
-__all__ = ['Trained', 'released_model', 'some', 'trained_model']
+__all__ = ['Trained', 'need_affect', 'released_model', 'some', 'trained_model']
 
 
 @dataclass(frozen=True)
@@ -26,15 +28,15 @@ class Trained:
 
     Args:
         source: Where it comes from, for headings.
-        model: The model.
+        model: The model; of a run of ``--task plain`` the backbone itself.
         img_size: Height and width of its input.
-        affect_names: Name of each affect output.
+        affect_names: Name of each affect output; empty for a plain model.
         label_names: Name of each class; empty if it has no classes, or if their names are not known.
         data_dir: Where its run found its data sets; None for their usual place, and for a released weight.
     """
 
     source: str
-    model: EmoReg
+    model: EmoReg | nn.Module
     img_size: tuple[int, int]
     affect_names: tuple[str, ...]
     label_names: tuple[str, ...]
@@ -54,6 +56,17 @@ def some(names: tuple[str, ...]) -> str:
 def _no_affect(what: str) -> DataError:
     return DataError(f'{what} has no affect response: it is a plain model. Give an emoreg_* weight, or a run of '
                      '--task affect or --task emoreg.')
+
+
+def need_affect(trained: Trained) -> Trained:
+    """The same, unless it is a plain model.
+
+    Raises:
+        DataError: If it is.
+    """
+    if not trained.affect_names:
+        raise _no_affect(trained.source)
+    return trained
 
 
 def released_model(name: str) -> Trained:
@@ -108,12 +121,12 @@ def _find_checkpoint(where: Path) -> Path:
     if not where.is_dir():
         return where
     for folder in (where, where / 'emoreg', where / 'plain', where / 'affect'):
-        if folder.name == 'plain' and folder.is_dir():  # with stimuli it has a stage 1, too, which was not asked for
-            raise _no_affect(str(where))
         if (folder / 'model_best.pth.tar').is_file():
             return folder / 'model_best.pth.tar'
-    raise CheckpointError(f'{where}: holds no model_best.pth.tar, neither itself nor in its folders emoreg and affect. '
-                          'Give a run of train.py that finished an epoch, or a checkpoint.')
+        if folder.name == 'plain' and folder.is_dir():  # with stimuli it has a stage 1, too, which was not asked for
+            break
+    raise CheckpointError(f'{where}: holds no model_best.pth.tar, neither itself nor in its folders emoreg, plain and '
+                          'affect. Give a run of train.py that finished an epoch, or a checkpoint.')
 
 
 def _experience_of(checkpoint: Path, args: dict[str, Any], given: str | None) -> Experience:
@@ -131,7 +144,7 @@ def _experience_of(checkpoint: Path, args: dict[str, Any], given: str | None) ->
 
 
 def trained_model(where: str | Path, experience: str | None = None) -> Trained:
-    """The model of a checkpoint of train.py.
+    """The model of a checkpoint of train.py, of any task.
 
     Its tensors and settings say how it was built and what its classes are called; the names of its affect outputs come
     from stage 1.
@@ -142,7 +155,7 @@ def trained_model(where: str | Path, experience: str | None = None) -> Trained:
 
     Raises:
         CheckpointError: If there is none, or it cannot be used.
-        DataError: If its model has no affect response.
+        DataError: If its model has no affect response and no run of ``--task plain`` made it.
     """
     path = _find_checkpoint(Path(where))
     checkpoint = load_training_checkpoint(path)
@@ -152,7 +165,9 @@ def trained_model(where: str | Path, experience: str | None = None) -> Trained:
     args = vars(checkpoint['args'])
     state = checkpoint.get('state_dict_ema') or checkpoint['state_dict']  # the averaged ones are those that were judged
     if 'head_affect.weight' not in state:
-        raise _no_affect(str(path))
+        if args.get('task') != 'plain':
+            raise _no_affect(str(path))
+        return _plain_model(where, path, args, state)
     task = checkpoint.get('task_state') or {}
     if 'names' in task:
         names, kind = tuple(task['names']), 'ratings' if task['target_kind'] == 'ratings' else 'emotion'
@@ -164,9 +179,7 @@ def trained_model(where: str | Path, experience: str | None = None) -> Trained:
                               f'experience names {len(names)} ({", ".join(names)}). Name the right one with '
                               '--experience.')
     num_classes = len(state['head.weight']) if 'head.weight' in state else 0
-    form = dict(args['model_kwargs'], small_image=args['small_image'])
-    if args['small_image'] or timm.get_pretrained_cfg(args['backbone']).fixed_input_size:
-        form['img_size'] = args['img_size']
+    form = _form(args)
     if args['model'] not in BACKBONES:
         form['backbone'] = args['backbone']
     model = timm.create_model(
@@ -174,13 +187,33 @@ def trained_model(where: str | Path, experience: str | None = None) -> Trained:
         affect_kind=kind, balance=args['balance'] if num_classes else 0.5,
         modulation='modulation.gain.weight' in state,
         experience='separate' if any(k.startswith('backbone_emo.') for k in state) else 'shared', **form)
+    return _loaded(where, path, args, state, model, names)
+
+
+def _form(args: dict[str, Any]) -> dict[str, Any]:
+    """Arguments that build the backbone of a run."""
+    form = dict(args['model_kwargs'], small_image=args['small_image'])
+    if args['small_image'] or timm.get_pretrained_cfg(args['backbone']).fixed_input_size:
+        form['img_size'] = args['img_size']
+    return form
+
+
+def _plain_model(where: str | Path, path: Path, args: dict[str, Any], state: dict[str, Any]) -> Trained:
+    model = create_backbone(args['backbone'], num_classes=len(args.get('label_names', ())), **_form(args))
+    described = {k: v for k, v in model.pretrained_cfg.items() if k == 'architecture' or k not in OF_THE_WEIGHTS}
+    model.pretrained_cfg = model.default_cfg = described
+    return _loaded(where, path, args, state, model, ())
+
+
+def _loaded(where: str | Path, path: Path, args: dict[str, Any], state: dict[str, Any], model: nn.Module,
+            affect_names: tuple[str, ...]) -> Trained:
     try:
         model.load_state_dict(state)
     except RuntimeError as e:
         raise CheckpointError(f'{path}: its tensors are not those of its settings '
                               f'({str(e).splitlines()[-1].strip()}). Train again.') from None
-    labels = tuple(args.get('label_names', ())) if num_classes else ()
+    labels = tuple(args.get('label_names', ())) if model.num_classes else ()
     # what timm's transforms and an export of the model go by
     model.pretrained_cfg |= {**zoo.whole_image_cfg((3, args['img_size'], args['img_size'])),
-                             'num_classes': num_classes, 'label_names': labels or None}
-    return Trained(str(where), model.eval(), (args['img_size'],) * 2, names, labels, args['data_dir'])
+                             'num_classes': model.num_classes, 'label_names': labels or None}
+    return Trained(str(where), model.eval(), (args['img_size'],) * 2, affect_names, labels, args['data_dir'])
