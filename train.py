@@ -32,7 +32,6 @@ from timm.task import ClassificationTask
 from timm.utils import (
     CheckpointSaver,
     NativeScaler,
-    ParseKwargs,
     dispatch_clip_grad,
     distribute_bn,
     is_primary,
@@ -44,7 +43,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import timm_emoreg
-from timm_emoreg.arguments import above, at_least, within
+from timm_emoreg.arguments import NamedValues, above, at_least, share, within
 from timm_emoreg.attention import choose_attention, use_plain_attention
 from timm_emoreg.checkpoint import CheckpointError, load_training_checkpoint, newest_checkpoint, restore_best
 from timm_emoreg.commit import project_commit
@@ -90,7 +89,7 @@ from timm_emoreg.run_folder import (
 from timm_emoreg.settings import SettingsError, batch_of_a_step, complete_settings, shapes_stage_1
 from timm_emoreg.small_image import small_image_form
 from timm_emoreg.task import AffectTask, EmoRegTask
-from timm_emoreg.trainable import ModelError, check_takes, check_takes_one, reason_of
+from timm_emoreg.trainable import CANNOT_BUILD, ModelError, check_takes, check_takes_one, reason_of
 
 # -- settings ----------------------------------------------------------------------------------------------------------
 
@@ -103,7 +102,7 @@ def parse_args() -> argparse.Namespace:
     group = parser.add_argument_group('what to train')
     group.add_argument('--model', default='emoreg_resnet18', help='emoreg_*, or any timm model as backbone')
     group.add_argument('--task', default='emoreg', choices=('emoreg', 'affect', 'plain'))
-    group.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs, help='for the backbone, name=value')
+    group.add_argument('--model-kwargs', nargs='*', default={}, action=NamedValues, help='for the backbone, name=value')
     group.add_argument('--pretrained-backbone', action='store_true', help="start from the backbone's own timm weights")
     group.add_argument('--drop', type=within(0, 1), default=None, help='dropout before the classifier')
     group.add_argument('--drop-path', type=within(0, 1), default=None, help='stochastic depth')
@@ -155,15 +154,15 @@ def parse_args() -> argparse.Namespace:
     group.add_argument('--val-interval', type=at_least(1), default=1, help='epochs a validation; the last has one')
     group.add_argument('--opt', type=str.lower,
                        help='any of timm, for both stages (default: adamw for stage 1, muon for stage 2)')
-    group.add_argument('--opt-kwargs', nargs='*', default={}, action=ParseKwargs,
+    group.add_argument('--opt-kwargs', nargs='*', default={}, action=NamedValues,
                        help='for --opt, name=value; for muon the default is '
                             + ' '.join(f'{k}={v}' for k, v in MUON.items()))
     group.add_argument('--lr', type=above(0),
                        help='of both stages (default: for muon 0.02, without batch norm 0.005; for 128 images an '
                             'update, 0.1 for sgd, else 0.001)')
-    group.add_argument('--momentum', type=at_least(0.0), default=0.9)
+    group.add_argument('--momentum', type=within(0, 1), default=0.9)
     group.add_argument('--weight-decay', type=at_least(0.0), help='default: 5e-4 for sgd, 0.01 for muon, else 0.05')
-    group.add_argument('--layer-decay', type=above(0))
+    group.add_argument('--layer-decay', type=share, help='factor of the rate from a layer to the one before it')
     group.add_argument('--sched', default='cosine', choices=('cosine', 'tanh', 'poly', 'step'))
     group.add_argument('--decay-epochs', type=above(0), help='of --sched step (default: a third of the epochs)')
     group.add_argument('--decay-rate', type=above(0),
@@ -174,7 +173,8 @@ def parse_args() -> argparse.Namespace:
     group.add_argument('--clip-grad', type=above(0))
     group.add_argument('--clip-mode', default='norm', choices=('norm', 'value', 'agc'))
     group.add_argument('--grad-accum-steps', type=at_least(1), default=1,
-                       help='steps that share --batch-size out among them for one update')
+                       help='steps that share --batch-size out among them for one update; the concordance of ratings '
+                            'is judged within each')
     group.add_argument('--model-ema', action='store_true', help='judge and keep averaged weights')
     group.add_argument('--model-ema-decay', type=within(0, 1), default=0.998)
 
@@ -253,7 +253,7 @@ def checked_model(args, task: str, splits, experience: Experience | None, batch_
         model = build_model(args, task, splits, experience)
         if args.grad_checkpointing:
             model.set_grad_checkpointing()
-    except (AssertionError, RuntimeError, TypeError, ValueError) as e:
+    except CANNOT_BUILD as e:
         raise ModelError(f'--model {args.model} cannot be built so: {reason_of(e)}. Change --model-kwargs, --img-size, '
                          '--small-image, --grad-checkpointing or --experience.') from e
     model.to(device)
@@ -290,11 +290,11 @@ def choices_of(args, model, shown: dict, device) -> dict[str, str]:
         if args.loader == 'auto' else args.loader for name, splits in shown.items()}
 
 
-def recipe_of(args, task: str, model, batch_size: int) -> dict:
+def recipe_of(args, task: str, model) -> dict:
     """Optimizer, rate and decay of a stage: the usual ones of its task, unless a flag gives others."""
-    recipe = {'batch_size': batch_size} | usual_recipe(model, task, args.opt, batch_size)
-    return recipe | {name: value for name in ('lr', 'weight_decay', 'opt_kwargs')
-                     if (value := getattr(args, name)) not in (None, {})}
+    recipe = {'batch_size': args.whole_batch} | usual_recipe(model, task, args.opt, args.whole_batch)
+    given = {name: value for name in ('lr', 'weight_decay') if (value := getattr(args, name)) is not None}
+    return recipe | given | {'opt_kwargs': recipe['opt_kwargs'] | args.opt_kwargs}
 
 
 def optimizer_of(args, task: str, model, recipe: dict, epochs: int, updates: int):
@@ -416,6 +416,9 @@ def restore(args, path: Path, data: str, task, optimizer, scheduler, scaler, sav
     if getattr(state['args'], 'data_digest', args.data_digest) != args.data_digest:
         raise DataError(f'{path}: was trained on other images, labels or parts of {data}. Restore them as they '
                         'were, or start a run of its own.')
+    if (before := getattr(state['args'], 'whole_batch', args.whole_batch)) != args.whole_batch:
+        raise LaunchError(f'{path}: was trained with {before} images an update, of which {args.world_size} processes '
+                          f'would make {args.whole_batch}. Use as many processes as before.')
     task.load_checkpoint_state(state['state_dict'], state.get('task_state'))
     if args.model_ema:
         task.load_checkpoint_state(state['state_dict_ema'], state.get('task_state_ema'), ema=True)
@@ -454,7 +457,7 @@ def run_stage(args, task_name: str, splits, device, experience: Experience | Non
     out = Path(args.output) / args.experiment / task_name
     if (out / 'result.json').is_file():
         print(f'{out}: finished already', flush=True)
-        return read_json(out / 'result.json')
+        return read_json(out / 'result.json') | {'checkpoint': str(out / 'model_best.pth.tar')}  # it may have moved
     if is_primary(args):
         with writing(out):
             out.mkdir(exist_ok=True)
@@ -462,12 +465,13 @@ def run_stage(args, task_name: str, splits, device, experience: Experience | Non
     # a checkpoint holds the settings, and the data may change
     args.label_names = splits.target.names
     args.data_digest = [splits.digest(), stimuli.digest() if stimuli else None]
+    batch_size = batch_of_a_step(args, task_name, splits, stimuli)
+    args.whole_batch = batch_size * args.world_size * args.grad_accum_steps  # where it could not be divided evenly
     if device.type == 'cuda':
         torch.cuda.reset_peak_memory_stats(device)  # of the stage before
 
     # model and task
     random_seed(args.seed)
-    batch_size = batch_of_a_step(args, task_name, splits, stimuli)
     model = checked_model(args, task_name, splits, experience, batch_size, device)
     mix = task_name != 'affect' and max(args.mixup, args.cutmix) > 0
     mixup = None
@@ -502,8 +506,7 @@ def run_stage(args, task_name: str, splits, device, experience: Experience | Non
     # recipe
     precision = chosen['precision']
     epochs = args.affect_epochs or args.epochs if task_name == 'affect' else args.epochs
-    whole_batch = batch_size * args.world_size * args.grad_accum_steps  # where it could not be divided evenly
-    recipe = recipe_of(args, task_name, model, whole_batch)
+    recipe = recipe_of(args, task_name, model)
     updates = len(train_loader) // args.grad_accum_steps
     optimizer, scheduler = optimizer_of(args, task_name, model, recipe, epochs, updates)
     if device.type == 'cpu' and precision == 'float32':
@@ -516,7 +519,7 @@ def run_stage(args, task_name: str, splits, device, experience: Experience | Non
     pixels = f'{args.start_img_size} to {args.img_size}' if args.start_img_size is not None else args.img_size
     say(args, f'{task_name}: {args.model} ({form}, {pixels} px, '
               f'{sum(p.numel() for p in model.parameters()):,} parameters) on {splits.summary()}; {epochs} epochs, '
-              f'{recipe["opt"]}, lr {recipe["lr"]:g}, batch {whole_batch}, {precision}, {kernel}'
+              f'{recipe["opt"]}, lr {recipe["lr"]:g}, batch {args.whole_batch}, {precision}, {kernel}'
               f'{type(train_loader).__name__} on {device}')
     if args.start_img_size is not None:
         train_loader = ProgressiveLoader(train_loader, args.start_img_size, epochs)
@@ -617,7 +620,7 @@ def run(args) -> None:
             experience = untrained_experience(stimuli.target if stimuli else None)
     elif args.experience:
         experience = find_experience(args.experience)
-        experience.check_form(args.backbone, args.small_image)
+        experience.check_form(args.backbone, args.small_image, args.model_kwargs)
         if stimuli is not None:
             experience.check_stimuli(stimuli)
     rehearsed = stimuli if args.task == 'emoreg' and args.rehearsal else None

@@ -128,6 +128,16 @@ def test_a_signal_to_one_process_stops_both_at_the_same_update(two, tmp_path, fo
     assert rows(tmp_path / 'run/plain') == rows(two)
 
 
+def test_a_run_does_not_go_on_with_another_number_of_images_an_update(tmp_path, folder):
+    argv = (*RECIPE, '-b', 9, '--task', 'plain', '--dataset', folder, '--output', tmp_path, '--experiment', 'run')
+    assert Training(*argv, prepare=partial(signal_at_step, 3)).end()[0] == 128 + signal.SIGTERM
+    for run in start('--resume', tmp_path / 'run', '--device', 'cpu'):
+        status, text = run.end()
+        assert status == 2, text
+        assert text.endswith('recovery-0-3.pth.tar: was trained with 9 images an update, of which 2 processes would '
+                             'make 8. Use as many processes as before.\n')
+
+
 @pytest.mark.parametrize('averaged', [(), ('--model-ema',)])
 def test_both_processes_judge_the_same_statistics_of_batch_norm(tmp_path, folder, averaged):
     argv = (*RECIPE, '--model', 'test_resnet', '--task', 'plain', '--dataset', folder, '--epochs', 1, *averaged,

@@ -134,3 +134,28 @@ def test_released_experience_is_of_the_same_architecture_form_and_size():
     assert released_experience('emoreg_resnet18', False, 32) is None
     assert released_experience('emoreg_resnet18', True, 48) is None
     assert released_experience('emoreg_resnet34', True, 32) is None
+
+
+@pytest.mark.parametrize(('known', 'model', 'kwargs', 'message'), [
+    ({'backbone': 'test_vit'}, 'test_resnet', {}, 'is of the backbone test_vit, and this run has test_resnet'),
+    ({'backbone': 'vit_small_patch16_224.dino'}, 'vit_small_patch16_224', {}, 'saw images normalised by mean and sd'),
+    ({'backbone': 'resnet18.a1_in1k'}, 'resnet18.tv_in1k', {}, None),  # these name weights only
+    ({'small_image': True}, 'test_resnet', {}, 'was trained with --small-image, and this run has --no-small-image'),
+    ({'model_kwargs': {'act_layer': 'gelu'}}, 'test_resnet', {},
+     'was trained with the --model-kwargs {"act_layer": "gelu"}, and this run has {}'),
+    ({'model_kwargs': {'channels': (8, 8), 'patch_drop_rate': 0.5}}, 'test_resnet', {'channels': [8, 8]}, None),
+    ({}, 'test_resnet', {'act_layer': 'gelu'}, None),  # what is not known is not compared
+])
+def test_stage_2_has_the_form_of_stage_1(known, model, kwargs, message):
+    experience = Experience('here', {}, 'emotion', 3, **known)
+    if message is None:
+        experience.check_form(model, False, kwargs)
+        return
+    with pytest.raises(CheckpointError) as error:
+        experience.check_form(model, False, kwargs)
+    assert message in str(error.value)
+
+
+def test_what_stage_1_was_built_with_is_known_of_runs_and_weights(trained_run):
+    assert find_experience(str(trained_run)).model_kwargs == {}
+    assert find_experience('emoreg_resnet18.emoji').model_kwargs == {}

@@ -62,6 +62,20 @@ from timm_emoreg.settings import batch_of_a_step
     (('--opt', 'adamw', '--opt-kwargs', 'weight_decay=0.1'), "--opt-kwargs {'weight_decay': 0.1}: "),
     (('--opt', 'muon', '--opt-kwargs', 'ns_steps=abc'), "--opt-kwargs {'ns_steps': 'abc'}: "),
     (('--opt', 'adahessian'), '--opt adahessian, --opt-kwargs {}: '),
+    (('--opt', ''), '--opt: is empty'),
+    (('--opt', 'adamw', '--opt-kwargs', 'foreach'), 'argument --opt-kwargs: expected name=value, got foreach'),
+    (('--model-kwargs', 'patch_drop_rate', '0.5'), 'argument --model-kwargs: expected name=value, got patch_drop_rate'),
+    (('--model-kwargs', 'features_only=True'), '--model-kwargs features_only=True: gives feature maps, and no classes'),
+    (('--model', 'resnet18.foo'), "--model resnet18.foo: resnet18 has no tag 'foo'. Known: a1_in1k, "),
+    (('--layer-decay', '5'), '--layer-decay: expected a number above 0, up to 1, got 5'),
+    (('--momentum', '3'), '--momentum: expected a number from 0 to below 1, got 3'),
+    (('--experiment', '../x'), '--experiment ../x: names a folder in --output, and is no path'),
+    (('--experiment', '..'), '--experiment ..: names a folder in --output'),
+    (('--task', 'plain', '--shuffle-stimuli-labels'), '--shuffle-stimuli-labels shapes stage 1, and --task plain has'),
+    (('--experience', 'none', '--stimuli-labels', 'group'), '--stimuli-labels shapes stage 1, and --experience none'),
+    (('--task', 'plain', '--no-modulation'), '--modulation: is a choice of the dual head, which --task plain has not'),
+    (('--task', 'affect', '--balance', '0.5'), '--balance: is a choice of the dual head, which --task affect has not'),
+    (('--task', 'affect', '--dataset', 'cifar10'), '--dataset cifar10: is for a classification, and --task affect'),
 ])
 def test_flags_that_do_not_fit_are_refused(train, monkeypatch, capsys, argv, message):
     monkeypatch.setattr(sys, 'argv', ['train.py', *argv])

@@ -65,3 +65,14 @@ def test_which_families_have_a_form():
 def test_refusals(name, size, message):
     with pytest.raises(ValueError, match=message):
         small_image_args(name, size)
+
+
+@pytest.mark.parametrize('build', [
+    lambda patch: create_backbone('test_vit', small_image=True, patch_size=patch),
+    lambda patch: timm.create_model('emoreg_vit_tiny', small_image=True, depth=1, patch_size=patch),
+    lambda patch: timm.create_model('emoreg_vit_tiny', pretrained=True, patch_size=patch),
+])
+def test_patches_of_another_size_are_no_small_image_form(build):
+    build(4)
+    with pytest.raises(ValueError, match=r'small_image=True gives \w+ patches of 4x4 at \S+ px, and patch_size=2 asks'):
+        build(2)

@@ -228,7 +228,10 @@ def test_time_left_is_that_of_like_runs(run, tmp_path, monkeypatch):
     (('--affect-flags', '--lr 1 --seed 3'), '--seed: is set by the study'),
     (('--train-script', 'nowhere.py'), 'nowhere.py: there is no training script'),
     (('--', '--epochs=3'), '--epochs=3: is set by the study'),
-    (('--', '--rehearsal', '1'), '--rehearsal: is not for every arm, as it needs stimuli. Use the arm'),
+    (('--', '--rehearsal', '1'), '--rehearsal: is not for every arm, as it needs the dual head. Give it to arms'),
+    (('--', '--no-modulation'), '--no-modulation: is not for every arm, as it needs the dual head'),
+    (('--models', 'test_resnet.zz'), "--model test_resnet.zz: test_resnet has no tag 'zz'. Known: r160_in1k."),
+    (('--seeds', '0', '-1'), '--seeds -1: expected 0 or more'),
     (('--models', 'emoreg_resnet18.emoji'), 'names a weight, and a study trains its own. Give emoreg_resnet18.'),
 ])
 def test_what_does_not_fit_is_refused(run, tmp_path, argv, message):

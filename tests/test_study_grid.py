@@ -153,7 +153,8 @@ def test_an_unknown_arm_is_named_with_what_is_near(arm, message):
     ('regulated:learned,gate', 'learned and gate decide the same'),
     ('regulated:learned,balance=0.2', 'learned and balance=0.2 decide the same'),
     ('regulated:no-modulation,no-modulation', 'decide the same'),
-    ('plain:rehearsal=1', "'plain:rehearsal=1': rehearsal needs an affect response"),
+    ('plain:rehearsal=1', "'plain:rehearsal=1': rehearsal needs the dual head. Use regulated:rehearsal=1"),
+    ('init:balance=learned', "'init:balance=learned': balance needs the dual head"),
 ])
 def test_options_that_do_not_go_together_are_refused(arm, message):
     with pytest.raises(StudyError, match=re.escape(message)):

@@ -9,12 +9,16 @@ from timm_emoreg.trainable import ModelError, check_takes, check_takes_one, reas
 CPU = torch.device('cpu')
 
 
-def test_a_size_that_leaves_nothing_to_pool_is_named():
-    model = timm.create_model('test_convnext')
-    check_takes(model, 'test_convnext', '--img-size', 32, CPU)
-    with pytest.raises(ModelError, match=r'^--start-img-size 16: test_convnext takes no images of that size \(.+\)\. '
+@pytest.mark.parametrize(('name', 'kwargs', 'fits'), [
+    ('test_convnext', {}, 32), ('efficientvit_m0', {'img_size': 8}, None),  # that one divides by zero
+])
+def test_a_size_that_leaves_nothing_to_pool_is_named(name, kwargs, fits):
+    model = timm.create_model(name, **kwargs)
+    if fits:
+        check_takes(model, name, '--img-size', fits, CPU)
+    with pytest.raises(ModelError, match=rf'^--start-img-size 8: {name} takes no images of that size \(.+\)\. '
                                          'Use a larger one, or leave it out'):
-        check_takes(model, 'test_convnext', '--start-img-size', 16, CPU)
+        check_takes(model, name, '--start-img-size', 8, CPU)
 
 
 def test_one_image_a_step_is_refused_where_batch_norm_has_one_value_a_channel():

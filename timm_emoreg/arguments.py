@@ -1,11 +1,22 @@
-"""Numbers on a command line that say what they should have been."""
+"""Values on a command line that say what they should have been."""
 from __future__ import annotations
 
 import argparse
 import math
 from collections.abc import Callable
 
-__all__ = ['above', 'at_least', 'within']
+from timm.utils import ParseKwargs
+
+__all__ = ['NamedValues', 'above', 'at_least', 'share', 'within']
+
+
+class NamedValues(ParseKwargs):
+    """timm's action for ``name=value``, with an error for what has no ``=``."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        if bare := next((value for value in values if value and '=' not in value), None):
+            raise argparse.ArgumentError(self, f'expected name=value, got {bare}')
+        super().__call__(parser, namespace, values, option_string)
 
 
 def _number(text: str, kind: type, fits: Callable[[float], bool], expected: str):
@@ -28,6 +39,11 @@ def at_least(least: int | float) -> Callable[[str], int | float]:
 def above(bound: float) -> Callable[[str], float]:
     """A type for argparse: finite numbers above `bound`."""
     return lambda text: _number(text, float, lambda value: value > bound, f'a number above {bound:g}')
+
+
+def share(text: str) -> float:
+    """A type for argparse: numbers above 0, up to 1."""
+    return _number(text, float, lambda value: 0 < value <= 1, 'a number above 0, up to 1')
 
 
 def within(low: float, high: float) -> Callable[[str], float]:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import timm
 import torch
+from timm.layers import to_2tuple
 from timm.models import get_model_args, get_model_traits, resolve_model_input_args
 from timm.models._input import update_model_args
 from torch import Tensor, nn
@@ -104,11 +105,17 @@ def create_backbone(
         kwargs: Passed to ``timm.create_model``; None means unset.
 
     Raises:
-        ValueError: For an unknown name, or a family without a small-image form.
+        ValueError: For an unknown name, a family without a small-image form, or one with another `patch_size`.
     """
     check_backbone_name(name)
     if small_image:
-        kwargs.update(small_image_args(name, img_size or DEFAULT_SIZE))
+        form = small_image_args(name, img_size or DEFAULT_SIZE)
+        patch, own = kwargs.get('patch_size'), form.get('patch_size')
+        if patch is not None and own is not None and to_2tuple(patch) != to_2tuple(own):
+            raise ValueError(f'small_image=True gives {name} patches of {own}x{own} at {img_size or DEFAULT_SIZE} px, '
+                             f'and patch_size={patch!r} asks for others. Leave one of the two out, in train.py by '
+                             '--no-small-image.')
+        kwargs.update(form)
     elif img_size is not None:
         kwargs['img_size'] = img_size
     model = timm.create_model(name, **kwargs)

@@ -2,19 +2,28 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import timm
 from torch import Tensor, nn
 
-from . import BACKBONES, zoo
+from . import BACKBONES, EmoReg, zoo
 from .checkpoint import CheckpointError, load_training_checkpoint
 from .data import DataError, Splits, Target
 from .weights import WeightError
 
-__all__ = ['Experience', 'find_experience', 'load_backbone', 'released_experience', 'untrained_experience']
+__all__ = ['Experience', 'find_experience', 'load_backbone', 'of_the_form', 'released_experience',
+           'untrained_experience']
+
+
+def of_the_form(model_kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A backbone's arguments but for what is dropped (units, patches, layers): that is so in training only."""
+    return {k: v for k, v in model_kwargs.items() if not ('drop' in k and k.endswith('_rate'))}
 
 
 @dataclass(frozen=True)
@@ -30,6 +39,7 @@ class Experience:
         backbone: Name of the backbone that was trained, empty if unknown.
         small_image: Whether it has its form for small images, None if unknown.
         unfinished: For the log, if stage 1 was not trained to its end.
+        model_kwargs: Further arguments that the backbone was built with, None if unknown.
     """
 
     source: str
@@ -40,21 +50,34 @@ class Experience:
     backbone: str = ''
     small_image: bool | None = None
     unfinished: str = ''
+    model_kwargs: dict[str, Any] | None = None
 
-    def check_form(self, backbone: str, small_image: bool) -> None:
-        """Refuse another backbone or form than that of stage 1: strides and normalisation are in no tensor.
+    def check_form(self, backbone: str, small_image: bool, model_kwargs: dict[str, Any]) -> None:
+        """Refuse another backbone or form than that of stage 1: strides, activations and the normalisation of images
+        are in no tensor.
 
         Raises:
             CheckpointError: If they differ; what is not known is not compared.
         """
-        name, own = backbone.partition('.')[0], self.backbone.partition('.')[0]  # a tag names weights only
+        name, own = backbone.partition('.')[0], self.backbone.partition('.')[0]
         if own and own != name:
             raise CheckpointError(f'{self.source}: is of the backbone {own}, and this run has {name}. Use the same '
                                   '--model in both stages.')
+        if own:  # the tags may differ, where they name weights only
+            theirs, ours = ((cfg.mean, cfg.std) for cfg in map(timm.get_pretrained_cfg, (self.backbone, backbone)))
+            if theirs != ours:
+                raise CheckpointError(f'{self.source}: {self.backbone} saw images normalised by mean and sd {theirs}, '
+                                      f'and {backbone} sees them by {ours}. Use the same --model in both stages.')
         if self.small_image not in (None, small_image):
             forms = [f'--{"" if small else "no-"}small-image' for small in (self.small_image, small_image)]
             raise CheckpointError(f'{self.source}: was trained with {forms[0]}, and this run has {forms[1]}, given or '
                                   'by the size of its images. Give the same one in both stages.')
+        if self.model_kwargs is not None:
+            theirs, ours = (json.dumps(of_the_form(kwargs), sort_keys=True)
+                            for kwargs in (self.model_kwargs, model_kwargs))
+            if theirs != ours:
+                raise CheckpointError(f'{self.source}: was trained with the --model-kwargs {theirs}, and this run has '
+                                      f'{ours}. Give the same ones in both stages.')
 
     def check_stimuli(self, stimuli: Splits) -> None:
         """Refuse to rehearse stimuli that the affect response does not answer.
@@ -83,7 +106,8 @@ def _from_checkpoint(path: Path) -> Experience:
         unfinished = f'; its training was not finished, this is epoch {checkpoint["epoch"] + 1}'
     # the averaged weights are the ones that stage 1 judged and kept
     return Experience(str(path), checkpoint.get('state_dict_ema') or checkpoint['state_dict'], kind, len(names), names,
-                      getattr(args, 'backbone', ''), getattr(args, 'small_image', None), unfinished)
+                      getattr(args, 'backbone', ''), getattr(args, 'small_image', None), unfinished,
+                      getattr(args, 'model_kwargs', None))
 
 
 def find_experience(where: str) -> Experience:
@@ -111,8 +135,10 @@ def find_experience(where: str) -> Experience:
             model = timm.create_model(where, pretrained=True)
         except WeightError as e:
             raise CheckpointError(f'--experience {e}') from e
+        own = inspect.signature(EmoReg).parameters
         return Experience(where, model.state_dict(), model.affect_kind, model.num_affect, weight.affect_names,
-                          BACKBONES[weight.architecture], bool(weight.model_args.get('small_image')))
+                          BACKBONES[weight.architecture], bool(weight.model_args.get('small_image')),
+                          model_kwargs={k: v for k, v in weight.model_args.items() if k not in own})
     known = ', '.join(name for name, weight in zoo.WEIGHTS.items() if weight.target is None and weight.available)
     what = 'the result of stage 2, which knows its target already; give one of' if weight else (
         'neither a file, nor a folder, nor a released weight of')

@@ -26,7 +26,7 @@ from .cards import make_card, make_config
 from .checkpoint import load_training_checkpoint
 from .commit import project_commit
 from .data import STIMULI, load_target
-from .experience import find_experience
+from .experience import find_experience, of_the_form
 from .study_grid import CONTENT
 from .terms import licence_terms
 from .zoo import HUB_FILE, Weight, read_records, write_records
@@ -281,14 +281,12 @@ def _origin_of_stage_2(run: Run, experience: str | None, place: Home) -> Origin:
 def _form(run: Run, kind: str, num_affect: int) -> dict[str, Any]:
     """The arguments of EmoReg that the run built its model with."""
     args, own = run.args, {name: p.default for name, p in inspect.signature(timm_emoreg.EmoReg).parameters.items()}
-    # what is dropped (units, patches, layers) is dropped in training only: the run's recipe, not the weight's form
-    kwargs = {k: v for k, v in args['model_kwargs'].items() if not ('drop' in k and k.endswith('_rate'))}
     stage_2 = run.result['task'] == 'emoreg'
     form = {'num_affect': num_affect, 'affect_kind': kind,
             'balance': args['balance'] if stage_2 else own['balance'],
             'modulation': args['modulation'] if stage_2 else own['modulation'],
             'experience': 'separate' if stage_2 and args['separate_experience'] else own['experience'],
-            'small_image': args['small_image'], **kwargs}
+            'small_image': args['small_image'], **of_the_form(args['model_kwargs'])}
     backbone = timm_emoreg.BACKBONES[args['model']]
     if args['small_image'] or timm.get_pretrained_cfg(backbone).fixed_input_size:
         form['img_size'] = args['img_size']

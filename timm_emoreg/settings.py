@@ -12,6 +12,7 @@ from pathlib import Path
 
 import timm
 import torch
+from timm.models import get_arch_pretrained_cfgs
 from timm.optim import create_optimizer_v2
 
 from . import BACKBONES
@@ -22,12 +23,15 @@ from .regulation import check_regulation
 from .run_folder import DamagedError, read_json
 from .small_image import LARGEST_SIZE, has_small_image_form
 
-__all__ = ['SettingsError', 'batch_of_a_step', 'complete_settings', 'shapes_stage_1']
+__all__ = ['REGULATION', 'SettingsError', 'batch_of_a_step', 'check_tag', 'complete_settings', 'flag',
+           'shapes_stage_1']
 
 LABELS_OF_STAGE_1 = ('stimuli_labels', 'shuffle_stimuli_labels', 'rating_columns')
 # arguments of a timm model that have a flag of their own
 OWN_FLAGS = {'small_image': '--small-image', 'img_size': '--img-size', 'pretrained': '--pretrained-backbone',
              'drop_rate': '--drop', 'drop_path_rate': '--drop-path'}
+# choices of the dual head and its training
+REGULATION = ('balance', 'balanced_in', 'modulation', 'keep_affect', 'affect_lr_scale', 'separate_experience')
 FREE_ON_RESUME = ('device', 'data_dir', 'workers', 'log_interval')
 
 
@@ -54,7 +58,7 @@ def complete_settings(args: Namespace, given: Collection[str]) -> Namespace:
         SettingsError: If one setting is out of its range, unknown or contradicts another one, or if the run to resume
             is none.
     """
-    for name in ('experience', 'stimuli', 'stimuli_labels', 'dataset', 'data_dir', 'experiment'):
+    for name in ('experience', 'stimuli', 'stimuli_labels', 'dataset', 'data_dir', 'experiment', 'opt'):
         if getattr(args, name) == '':  # a variable of the shell that is not set
             raise SettingsError(f'{flag(name)}: is empty. Give a value, or leave it out.')
     for name, known in (('data_dir', ()), ('experience', ()), ('stimuli', STIMULI), ('dataset', TARGETS)):
@@ -66,7 +70,7 @@ def complete_settings(args: Namespace, given: Collection[str]) -> Namespace:
 
     _check_method(args)
     _check_model(args)
-    _check_stages(args)
+    _check_stages(args, given)
     _check_recipe(args)
 
     args.backbone = BACKBONES.get(args.model, args.model)
@@ -122,6 +126,18 @@ def _check_method(args: Namespace) -> None:
             raise SettingsError(str(e)) from e
 
 
+def check_tag(model: str) -> None:
+    """Refuse a tag that timm does not know of a model that it knows.
+
+    Raises:
+        SettingsError: If it is one.
+    """
+    name, dot, tag = model.partition('.')
+    known = [found.partition('.')[2] for found in get_arch_pretrained_cfgs(name)] if dot else ()
+    if dot and tag not in known:
+        raise SettingsError(f'--model {model}: {name} has no tag {tag!r}. Known: {", ".join(known) or "none"}.')
+
+
 def _check_model(args: Namespace) -> None:
     if args.model == 'emoreg':
         raise SettingsError('--model emoreg: wraps a backbone. Give the name of that, such as --model convnext_atto.')
@@ -132,6 +148,9 @@ def _check_model(args: Namespace) -> None:
     if dot and name in BACKBONES:
         raise SettingsError(f'--model {args.model}: names a weight. Give --model {name}, and the weight of a stage 1 '
                             'by --experience.')
+    check_tag(args.model)
+    if args.model_kwargs.get('features_only'):
+        raise SettingsError('--model-kwargs features_only=True: gives feature maps, and no classes. Leave it out.')
     for name, own in OWN_FLAGS.items():
         if name in args.model_kwargs:
             raise SettingsError(f'--model-kwargs {name}={args.model_kwargs[name]}: use {own} instead.')
@@ -140,8 +159,22 @@ def _check_model(args: Namespace) -> None:
                             'RGB. Leave it out.')
 
 
-def _check_stages(args: Namespace) -> None:
+def _check_stages(args: Namespace, given: Collection[str]) -> None:
     """Which stage runs, and on what."""
+    if args.experiment and (Path(args.experiment).name != args.experiment or args.experiment == '..'):
+        raise SettingsError(f'--experiment {args.experiment}: names a folder in --output, and is no path. Give the '
+                            'rest of it by --output.')
+    without = '--experience none' if args.experience == 'none' else '--task plain' if args.task == 'plain' else ''
+    early = [name for name in (*LABELS_OF_STAGE_1, 'affect_epochs') if getattr(args, name)]
+    if without and early and not args.stimuli:
+        raise SettingsError(f'{flag(early[0])} shapes stage 1, and {without} has no stimuli unless --stimuli names '
+                            'some. Give them, or leave it out.')
+    if args.task != 'emoreg' and (late := [name for name in REGULATION if name in given]):
+        raise SettingsError(f'{flag(late[0])}: is a choice of the dual head, which --task {args.task} has not. Leave '
+                            'it out.')
+    if args.task == 'affect' and 'dataset' in given:
+        raise SettingsError(f'--dataset {args.dataset}: is for a classification, and --task affect trains on '
+                            '--stimuli. Leave it out.')
     if args.rehearsal and (args.task != 'emoreg' or not args.stimuli):
         raise SettingsError(f'--rehearsal {args.rehearsal} shows --stimuli beside the images of --task emoreg: give '
                             'both.')

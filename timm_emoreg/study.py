@@ -46,9 +46,11 @@ from .data import STIMULI, TARGETS, DataError, absolute, stimuli_parts
 from .data.choices import unknown_choice
 from .marks import MarksError, write_between_marks
 from .run_folder import DamagedError, read_json, write_file
+from .settings import SettingsError, check_tag
 from .study_grid import (
     ARMS,
     COLUMNS,
+    OF_THE_DUAL_HEAD,
     RESERVED,
     Ratings,
     Run,
@@ -406,6 +408,10 @@ def _check(args: argparse.Namespace) -> None:
             raise StudyError(f'--models {model}: names a weight, and a study trains its own. Give {name}.')
         if not timm.is_model(name):
             raise unknown_choice('', 'model', model, timm.list_models('emoreg*'), 'Or give any of timm.list_models().')
+        try:
+            check_tag(model)
+        except SettingsError as e:
+            raise StudyError(str(e)) from None
     stimuli = [part for name in args.stimuli for part in stimuli_parts(name)]
     for what, names, known in (('stimuli', stimuli, STIMULI), ('target', args.targets, TARGETS)):
         for name in names:
@@ -419,6 +425,8 @@ def _check(args: argparse.Namespace) -> None:
     for images in args.train_images:
         if images != 'all' and not (images.isdecimal() and int(images) > 0):
             raise StudyError(f"--train-images {images}: expected a number of images, or 'all'.")
+    if negative := [seed for seed in args.seeds if seed < 0]:
+        raise StudyError(f'--seeds {negative[0]}: expected 0 or more.')
     for name in ('epochs', 'affect_epochs', 'jobs', 'threads'):
         if getattr(args, name) < 1:
             raise StudyError(f'--{name.replace("_", "-")} {getattr(args, name)}: expected 1 or more.')
@@ -426,9 +434,9 @@ def _check(args: argparse.Namespace) -> None:
         name = flag[2:].split('=')[0] if flag.startswith('--') else ''
         if name in RESERVED:
             raise StudyError(f"{flag}: is set by the study. Use the study's own option for that.")
-        if name == 'rehearsal':
-            raise StudyError(f'{flag}: is not for every arm, as it needs stimuli. Use the arm regulated:rehearsal=1, '
-                             'and its controls.')
+        if name in OF_THE_DUAL_HEAD:
+            raise StudyError(f'{flag}: is not for every arm, as it needs the dual head. Give it to arms, such as '
+                             'regulated:rehearsal=1 and its controls.')
     if not args.train_script.is_file():
         raise StudyError(f'{args.train_script}: there is no training script. Give the path of the '
                          "repository's train.py with --train-script.")
@@ -443,6 +451,7 @@ def _run(args: argparse.Namespace) -> int:
     _check(args)
     args.stimuli = ['+'.join(absolute(part, STIMULI) for part in stimuli_parts(name)) for name in args.stimuli]
     args.targets = [absolute(name, TARGETS) for name in args.targets]
+    args.train_images = [images if images == 'all' else str(int(images)) for images in args.train_images]
     runs, notes = plan(args)
     print(*notes, sep='\n', end='\n' if notes else '')
 

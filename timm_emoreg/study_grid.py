@@ -11,9 +11,10 @@ from pathlib import Path
 
 from .data import STIMULI, TARGETS, load_stimuli, load_target, stimuli_parts
 from .data.choices import unknown_choice
+from .settings import REGULATION
 
-__all__ = ['ARMS', 'COLUMNS', 'RESERVED', 'Arm', 'Ratings', 'Run', 'StudyError', 'data_digests', 'images_seen',
-           'parse_arm', 'plan', 'rating_flags', 'read_rows', 'recipe', 'short_name', 'write_rows']
+__all__ = ['ARMS', 'COLUMNS', 'OF_THE_DUAL_HEAD', 'RESERVED', 'Arm', 'Ratings', 'Run', 'StudyError', 'data_digests',
+           'images_seen', 'parse_arm', 'plan', 'rating_flags', 'read_rows', 'recipe', 'short_name', 'write_rows']
 
 
 class StudyError(ValueError):
@@ -42,6 +43,8 @@ METHOD = {
     'no-modulation': ('--no-modulation',),
 }
 CONTENT = {'emoji': 'group', 'oasis': 'category', 'nemo': 'speaker'}  # labels that are no emotions
+# flags of the arms that have the dual head
+OF_THE_DUAL_HEAD = ('rehearsal', 'no-modulation', *(name.replace('_', '-') for name in REGULATION))
 # what the study itself decides for each run
 RESERVED = ('model', 'task', 'seed', 'dataset', 'train-images', 'epochs', 'affect-epochs', 'experience', 'stimuli',
             'stimuli-labels', 'shuffle-stimuli-labels', 'rating-columns', 'rating-scale', 'data-dir', 'device',
@@ -89,9 +92,8 @@ def parse_arm(name: str) -> Arm:
         if equals and flag and value:
             if flag in RESERVED:
                 raise StudyError(f'arm {name!r}: --{flag} is set by the study. Use its own option for that.')
-            if flag == 'rehearsal' and task == 'plain':
-                raise StudyError(f'arm {name!r}: rehearsal needs an affect response, which the arms with the dual head '
-                                 'have. Use regulated:rehearsal=1, or its controls.')
+            if flag in OF_THE_DUAL_HEAD and task == 'plain':
+                raise StudyError(f'arm {name!r}: {flag} needs the dual head. Use regulated:{option}, or its controls.')
             given = (f'--{flag}', value)
         elif option in METHOD and task == 'emoreg':
             given = METHOD[option]

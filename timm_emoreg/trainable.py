@@ -6,7 +6,11 @@ from copy import deepcopy
 import torch
 from torch import nn
 
-__all__ = ['ModelError', 'check_takes', 'check_takes_one', 'reason_of']
+__all__ = ['CANNOT_BUILD', 'ModelError', 'check_takes', 'check_takes_one', 'reason_of']
+
+
+# what timm's families raise for arguments and image sizes that they do not take
+CANNOT_BUILD = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 class ModelError(ValueError):
@@ -34,7 +38,7 @@ def check_takes(model: nn.Module, name: str, flag: str, size: int, device: torch
     """
     try:
         model.eval()(torch.zeros(1, 3, size, size, device=device))
-    except (AssertionError, RuntimeError) as e:
+    except CANNOT_BUILD as e:
         raise ModelError(f'{flag} {size}: {name} takes no images of that size ({reason_of(e)}). Use a larger one, or '
                          'leave it out.') from e
 

@@ -105,7 +105,7 @@ def test_decoder_errors_of_any_type_become_data_errors(tmp_path, monkeypatch):
 def test_splits_summary_and_empty_part():
     data = colour_set()
     splits = Splits('toy', data, data.subset([0]), data.subset([1, 2]), 'free')
-    assert splits.summary() == 'toy: 4 train, 1 validation, 2 test images; class: a, b'
+    assert splits.summary() == 'toy: 4 train, 1 validation, 2 test images; class: a, b; none in validation: b'
     assert splits.target is AB
     with pytest.raises(DataError, match="toy: the part 'validation' holds no image"):
         Splits('toy', data, data.subset([]), data, 'free')

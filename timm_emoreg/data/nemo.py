@@ -27,7 +27,7 @@ def load_nemo(data_dir: str | Path | None = None, labels: str = 'emotion') -> Sp
     Emotions are split by speaker: of the nine in order of their names the last two (TP0, WR0) are test, the one before
     (SM0) is validation, the other six are train: 2,865 / 538 / 1,078 clips. Speakers, the label without emotion,
     cannot be split by speaker: of the clips of these six, and of no others, each speaker gives 5 % to test and 5 % to
-    validation, by a fixed seed: 2,577 / 144 / 144 clips. All speakers say the same sentences, so this split shares
+    validation, by a fixed seed: 2,578 / 144 / 143 clips. All speakers say the same sentences, so this split shares
     sentences between its parts.
 
     Args:

@@ -217,5 +217,11 @@ class Splits:
 
     def summary(self) -> str:
         """One line for a log: name, sizes, kind and names of the targets."""
-        return (f'{self.name}: {len(self.train):,} train, {len(self.validation):,} validation, '
+        line = (f'{self.name}: {len(self.train):,} train, {len(self.validation):,} validation, '
                 f'{len(self.test):,} test images; {self.target.kind}: {", ".join(self.target.names)}')
+        if self.target.kind == 'class':
+            for name, part in (('validation', self.validation), ('test', self.test)):
+                seen = set(part.targets.tolist())
+                if unseen := [label for i, label in enumerate(self.target.names) if i not in seen]:
+                    line += f'; none in {name}: {", ".join(unseen)}'
+        return line
