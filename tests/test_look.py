@@ -1,6 +1,8 @@
 """python -m timm_emoreg.look: what is printed, what is drawn, what is refused."""
+import dataclasses
 import itertools
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -45,7 +47,7 @@ def build(names, kind, classes=CLASSES, balance=0.5):
         for name, parameter in model.named_parameters():  # random answers that differ from image to image
             if name.startswith(('head', 'modulation', 'regulation')):
                 parameter.normal_(std=0.5)
-    return Trained('a model', model, (32, 32), names, classes)
+    return Trained(f'output/{"a long name of a run, " * 6}', model, (32, 32), names, classes)
 
 
 def images(n):
@@ -102,6 +104,8 @@ def test_images_are_drawn(tmp_path, figures, names, kind, classes):
         best = short(classes[answers.regulated[0].argmax()], 20)
         assert any(text.startswith(f'answer: {best}') for text in texts)
         assert any(text.startswith("z', emotional") for text in texts)
+        changed = answers.non_emotional.argmax(dim=1) != answers.regulated.argmax(dim=1)
+        assert any(', without regulation: ' in text for text in texts) == changed.any()
 
 
 def test_of_many_emotions_the_strongest_are_drawn(tmp_path, figures):
@@ -148,13 +152,34 @@ def test_a_set_is_drawn(tmp_path, figures, names, kind, classes, balance):
     draw_set(trained, 'a set', shown, answers, tmp_path / 'out.png')
     texts = check_picture(tmp_path / 'out.png', figures[0])
     mean = torch.stack([answers.state[shown.targets == c].mean(0) for c in range(7)])
-    assert {f'{round(v, 2) + 0:+.2f}' for v in (mean - mean.mean(0)).flatten().tolist()} <= texts
+    differences = (mean - mean.mean(0)).flatten()
+    digits = 3 if differences.abs().max() < 0.1 else 2
+    assert {f'{round(v, digits) + 0:+.{digits}f}' for v in differences.tolist()} <= texts
+    assert any('hardly tells them apart' in text for text in texts) == (differences.abs().max() < 0.01)
     if classes:
         changed = (answers.non_emotional.argmax(1) != answers.regulated.argmax(1)).sum()
         assert changed == 0 if balance == 0 else changed > 0
         assert f'y answers otherwise than z: {changed} of 40' in texts
         assert any(text.startswith(f'balance r, {"a gate" if balance == "gate" else trained.model.regulation.kind}')
                    for text in texts)
+
+
+def test_a_state_that_is_the_same_everywhere_is_said_to_be(tmp_path, figures):
+    trained, shown = build(EMOTIONS, 'emotion'), images(14)
+    answers, _ = answer(trained, shown)
+    state = answers.state.mean(dim=0) + torch.tensor([0.0001, -0.0001, 0, 0]) * (shown.targets[:, None] - 3)
+    draw_set(trained, 'a set', shown, dataclasses.replace(answers, state=state), tmp_path / 'out.png')
+    texts = check_picture(tmp_path / 'out.png', figures[0])
+    assert any('no class is further from the mean than 0.0003: the state hardly tells them apart' in t for t in texts)
+
+
+def test_pictures_of_the_same_name_are_told_apart_by_their_folders(tmp_path, picture, figures, capsys):
+    for name in ('sea', 'sky'):
+        (tmp_path / name).mkdir()
+        shutil.copyfile(picture, tmp_path / name / '0.png')
+    paths = [str(tmp_path / name / '0.png') for name in ('sea', 'sky')]
+    assert main([*paths, '--model', WEIGHT, '-o', str(tmp_path / 'out.png')]) == 0
+    assert {'sea/0.png', 'sky/0.png'} <= check_picture(tmp_path / 'out.png', figures[0])
 
 
 def test_the_command_looks_at_images(tmp_path, picture, capsys):

@@ -121,7 +121,7 @@ def _responses(axis, trained: Trained, answers: Answers, i: int, highest: float)
     axis.set_xticks(ticks, [f'{t:.2g}' for t in ticks], fontsize=7)
     axis.spines[['top', 'right']].set_visible(False)
     z, y = (trained.label(getattr(answers, f)[i].argmax().item()) for f in ('non_emotional', 'regulated'))
-    change = '' if z == y else f' (z: {short(z, 16)})'
+    change = '' if z == y else f', without regulation: {short(z, 16)}'
     axis.set_title(f'answer: {short(y, 20)}{change}', fontsize=9, loc='left', color='black' if z == y else VERMILLION)
 
 
@@ -167,7 +167,8 @@ def draw_images(trained: Trained, names: Sequence[str], pictures: Sequence[Image
         del widths['responses (softmax)'], widths['balance r']
     figure = Figure(figsize=(sum(widths.values()) + 0.4, HEAD + ROW * len(names) + FOOT), dpi=DPI, layout='constrained')
     figure.get_layout_engine().set(w_pad=0.08, h_pad=0.06)
-    figure.suptitle(short(trained.source, 90), fontsize=9, x=0.01, ha='left')
+    # beside the legend, where there is one
+    figure.suptitle(short(trained.source, 70 if classes else 90), fontsize=9, x=0.01, ha='left')
     grid = figure.subplots(1 + len(names), len(widths), squeeze=False, width_ratios=list(widths.values()),
                            height_ratios=[0.25] + [ROW] * len(names))
     for axis, heading in zip(grid[0], widths, strict=True):
@@ -188,5 +189,5 @@ def draw_images(trained: Trained, names: Sequence[str], pictures: Sequence[Image
         _where(row[-1], pictures[i], slopes[i])
     if classes:
         handles = [Patch(color=colour, label=label) for label, colour in RESPONSES.values()]
-        figure.legend(handles=handles, loc='outside lower center', ncols=3, fontsize=9, frameon=False)
+        figure.legend(handles=handles, loc='outside upper right', ncols=3, fontsize=9, frameon=False)
     save(figure, path)

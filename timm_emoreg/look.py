@@ -83,7 +83,10 @@ def _open(path: Path):
 def _look_at_images(args: argparse.Namespace, trained: Trained, pictures: list) -> None:
     images = ImageSet(args.images, torch.zeros(len(args.images), dtype=torch.long), Target('class', ('unknown',)))
     answers, slopes = answer(trained, images, args.device, gradient=True)
-    draw_images(trained, [path.name for path in args.images], pictures, answers, slopes, args.output)
+    names = [path.name for path in args.images]
+    if len(set(names)) < len(names):  # with a folder a class, the same names come again in each
+        names = [f'{path.absolute().parent.name}/{path.name}' for path in args.images]
+    draw_images(trained, names, pictures, answers, slopes, args.output)
     for i, path in enumerate(args.images):
         name = str(path).encode('utf-8', 'replace').decode()  # which may hold bytes that are no text
         print(json.dumps({'image': name, **describe_image(trained, answers, i)}, ensure_ascii=False))

@@ -1,6 +1,7 @@
 """The picture of what a model answers to a data set: affect by class, balance, answers that regulation changes."""
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -28,12 +29,14 @@ def _heat_map(figure, trained: Trained, answers: Answers, images: ImageSet) -> N
     if len(seen) > MOST_CLASSES:
         seen = seen[difference[seen].abs().amax(dim=1).topk(MOST_CLASSES).indices].sort().values
     shown = difference[seen].numpy()
-    limit = max(float(np.abs(shown).max()), 0.01)
+    most_different = float(np.abs(shown).max())
+    limit = max(most_different, 0.01)
+    digits = max(2, 1 - math.floor(math.log10(limit)))
     axis = figure.subplots()
     drawn = axis.imshow(shown, cmap='RdBu_r', vmin=-limit, vmax=limit, aspect='auto')
     if len(seen) <= MOST_WRITTEN:
         for (row, column), v in np.ndenumerate(shown):
-            axis.text(column, row, f'{round(float(v), 2) + 0:+.2f}', ha='center', va='center', fontsize=8,
+            axis.text(column, row, f'{round(float(v), digits) + 0:+.{digits}f}', ha='center', va='center', fontsize=8,
                       color='white' if abs(v) > 0.6 * limit else 'black')
     axis.set_yticks(range(len(seen)), [short(images.target.names[c], 22) for c in seen],
                     fontsize=9 if len(seen) <= MOST_WRITTEN else 7)
@@ -47,7 +50,9 @@ def _heat_map(figure, trained: Trained, answers: Answers, images: ImageSet) -> N
     most = f' (the {len(seen)} that differ most)' if len(seen) < len(found) else ''
     spread = largest_error(error)
     below.set_xlabel(f'mean over the classes of the affective state\ncells: each class{most} less that mean, '
-                     + ('one image a class' if spread is None else f'standard error at most {spread:.3f}'), fontsize=8)
+                     + ('one image a class' if spread is None else f'standard error at most {spread:.3f}')
+                     + (f'\nno class is further from the mean than {most_different:.1g}: the state hardly tells them '
+                        'apart' if most_different < 0.01 else ''), fontsize=8)
     bar = figure.colorbar(drawn, ax=axis, fraction=0.05, aspect=30)
     bar.ax.tick_params(labelsize=7)
 
@@ -134,7 +139,7 @@ def draw_set(trained: Trained, name: str, images: ImageSet, answers: Answers, pa
     rows = min(len(torch.unique(images.targets)), MOST_CLASSES)
     high = max(1.9 + rows * (0.3 if rows <= MOST_WRITTEN else 0.15), 4.6)
     wide = 3.2 + 0.62 * max(len(trained.affect_names), 2)
-    title = f'{short(trained.source, 60)} on {len(images):,} test images of {short(name, 30)}'
+    title = f'{short(trained.source, 60 if classes else 40)} on {len(images):,} test images of {short(name, 30)}'
     if not classes:
         figure = Figure(figsize=(max(wide, 6), high), dpi=DPI, layout='constrained')
         figure.suptitle(title, fontsize=10, x=0.01, ha='left')
