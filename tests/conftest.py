@@ -12,6 +12,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from loopback_hub import LoopbackHub
 
+# Several workers share the cores; torch reads this when it is imported, here and in the processes that tests start.
+if 'PYTEST_XDIST_WORKER' in os.environ:
+    os.environ['OMP_NUM_THREADS'] = '1'
+
 # The client reads its environment when it is imported.
 assert 'huggingface_hub' not in sys.modules, 'a plugin imported huggingface_hub before the loopback Hub was there'
 HUB = LoopbackHub()
