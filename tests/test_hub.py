@@ -254,8 +254,9 @@ def test_a_baseline_may_differ_in_what_it_does_not_have(run, stage_2, home):
     more = ['--balance', '0.3', '--balanced-in', 'loss', '--keep-affect', '0.1', '--lr', '0.02', '--rehearsal',
             '0.2', '--stimuli', 'emoji', '--stimuli-labels', 'valence', '--affect-lr-scale', '0.5']
     noted = {'affect_epochs': 3, 'commit': COMMIT}
-    plain = run('plain', more=['--lr', '0.02', '--no-modulation', '--separate-experience'], noted={'commit': 'c' * 40})
+    plain = run('plain', more=['--lr', '0.02'], noted={'commit': 'c' * 40})
     args = json.loads((plain.parents[1] / 'args.json').read_text())
+    args |= {'modulation': False, 'separate_experience': True}  # as a train.py before let it be
     del args['rehearsal'], args['affect_lr_scale']
     (plain.parents[1] / 'args.json').write_text(json.dumps(args))
     weight = build(STAGE_2, [stage_2(more=more, noted=noted)], [plain], home=home)

@@ -70,7 +70,7 @@ class AffectTask(ClassificationTask):
 
     Only these two are trained; heads, modulation and balance are left as they are and need no gradient. The loss is
     that of the affect response, the ``output`` of `forward`; a batch of ratings should hold many images, because their
-    agreement is judged within it - with several processes, within each one's share.
+    agreement is judged within it - with several processes or accumulation steps, within each one's share.
 
     Args:
         model: The model; its forward gives the affect response from here on.
