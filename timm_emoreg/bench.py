@@ -329,7 +329,7 @@ def both_scripts(args: argparse.Namespace, folder: Path) -> tuple[list[str], lis
     amp, timm_amp = ('--no-amp',), ()
     if args.precision != 'float32':
         amp, timm_amp = ('--amp',), ('--amp', '--amp-dtype', args.precision)
-    # of 30,000 images train.py evaluates the 5,000 of its validation part: of timm's 60,000 that are 10,000
+    # of its 30,000 images train.py evaluates the 5,000 of the validation part, timm's script 10,000 of its 60,000
     ours = [sys.executable, str(TRAIN), '--task', 'plain', '--model', 'resnet18', '--no-small-image', '--dataset',
             'cifar10', '--train-images', '25000', *amp, *recipe]
     no_jitter = folder / 'no_jitter.yaml'  # a flag can only make it 0, which still costs its time
