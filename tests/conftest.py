@@ -42,6 +42,11 @@ def _connect_here(self, address):
 socket.socket.connect = _connect_here
 
 
+def pytest_collection_modifyitems(items):
+    """The longest test goes first: started last, it would leave the other processes without work."""
+    items.sort(key=lambda item: item.name != 'test_the_walk_can_be_walked')
+
+
 def pytest_unconfigure(config):
     HUB.released.set()
     shutil.rmtree(HOME, ignore_errors=True)

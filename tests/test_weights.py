@@ -494,7 +494,7 @@ def shelf(monkeypatch, make_record, tmp_path):
     monkeypatch.setenv('EMOREG_WEIGHTS', str(tmp_path))
     monkeypatch.setitem(emoreg_resnet.BACKBONES, 'emoreg_resnet18', 'test_resnet')
     monkeypatch.setitem(emoreg_vit.BACKBONES, 'emoreg_vit_tiny', 'test_vit')
-    for name in list(zoo.WEIGHTS):
+    for name in reversed(list(zoo.WEIGHTS)):  # they come back last one first, and their order is seen elsewhere
         monkeypatch.delitem(zoo.WEIGHTS, name)
 
     def register(architecture='emoreg_resnet18', **changes):
