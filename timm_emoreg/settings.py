@@ -23,8 +23,7 @@ from .regulation import check_regulation
 from .run_folder import DamagedError, read_json
 from .small_image import LARGEST_SIZE, has_small_image_form
 
-__all__ = ['REGULATION', 'SettingsError', 'batch_of_a_step', 'check_tag', 'complete_settings', 'flag',
-           'shapes_stage_1']
+__all__ = ['REGULATION', 'SettingsError', 'batch_of_a_step', 'check_tag', 'complete_settings', 'shapes_stage_1']
 
 LABELS_OF_STAGE_1 = ('stimuli_labels', 'shuffle_stimuli_labels', 'rating_columns')
 # arguments of a timm model that have a flag of their own

@@ -133,6 +133,7 @@ class Study:
         self.data_dir, self.keep_checkpoints, self.ratings = data_dir, keep_checkpoints, ratings or Ratings()
         self.rows = {name: read_rows(folder / name) for name in ('results.csv', 'stage1.csv')}
         self.signals: list[int] = []
+        self.digests: dict[str, str] = {}
 
     def _recorded(self, run: Run) -> dict:
         """What an earlier call wrote about the run when it started it; nothing if it never began to train."""
@@ -150,13 +151,16 @@ class Study:
     def is_finished(self, run: Run) -> bool:
         return self._result(run).is_file() or any(row['key'] == run.key for rows in self.rows.values() for row in rows)
 
-    def check(self, runs: Sequence[Run]) -> None:
+    def check(self, runs: Sequence[Run], digests: dict[str, str]) -> None:
         """Refuse runs that were made, or begun, with other flags, those of another recipe than the finished ones that
         they would be compared with, and those of a set that has changed since.
 
+        Args:
+            runs: All of them.
+            digests: `data_digests` of the runs, which `execute` records.
+
         Raises:
             StudyError: If there is one.
-            DataError: If a set cannot be used.
         """
         before = {row['key']: row['flags'] for rows in self.rows.values() for row in rows}
         for run in runs:
@@ -168,10 +172,11 @@ class Study:
                                  f'"{now or "nothing"}" now. Give the same ones, or another --output.')
         self._check_recipes(runs)
         known = self._known_data()
-        for name, digest in data_digests(runs, self.data_dir, self.ratings).items():
+        for name, digest in digests.items():
             if known.get(name, digest) != digest:
                 raise StudyError(f'{name}: holds other images, labels or parts than when this study began. Restore it '
                                  'as it was, or give another --output.')
+        self.digests = digests
 
     def _known_data(self) -> dict[str, str]:
         """The digests of the sets that runs were started with."""
@@ -302,8 +307,8 @@ class Study:
         done = {run.key for run in runs if self.is_finished(run)}
         total, count = len(waiting), 0
         print(f'{total} runs to do, {len(done)} finished before; {self.jobs} at a time', flush=True)
-        if digests := data_digests(waiting, self.data_dir, self.ratings):
-            write_file(self.folder / 'data.json', json.dumps(self._known_data() | digests, indent=1))
+        if self.digests:
+            write_file(self.folder / 'data.json', json.dumps(self._known_data() | self.digests, indent=1))
         running: dict[int, tuple[Run, subprocess.Popen, float]] = {}
         failed: dict[str, str] = {}
         stopped = 0
@@ -455,10 +460,12 @@ def _run(args: argparse.Namespace) -> int:
     runs, notes = plan(args)
     print(*notes, sep='\n', end='\n' if notes else '')
 
+    digests = data_digests(runs, args.data_dir, Ratings.given(args))
+
     def study() -> Study:
         made = Study(args.output.resolve(), args.train_script.resolve(), args.devices, args.jobs, args.threads,
                      args.data_dir, args.keep_checkpoints, Ratings.given(args))
-        made.check(runs)
+        made.check(runs, digests)
         return made
 
     if args.dry_run:

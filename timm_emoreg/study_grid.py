@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-from .data import STIMULI, TARGETS, load_stimuli, load_target, stimuli_parts
+from .data import STIMULI, TARGETS, Splits, load_stimuli, load_target, stimuli_parts
 from .data.choices import unknown_choice
 from .settings import REGULATION
 
@@ -176,11 +176,14 @@ def rating_flags(flags: Sequence[str]) -> tuple[str, ...]:
     return tuple(flags[flags.index('--rating-columns'):flags.index('--rating-scale') + 3])
 
 
+def _stimuli(name: str, data_dir: str | None, ratings: Ratings) -> Splits:
+    return load_stimuli(name, data_dir, rating_columns=ratings.columns or None, rating_scale=ratings.scale or None)
+
+
 @functools.cache
 def stimuli_images(name: str, data_dir: str | None, ratings: Ratings) -> int:
     """Number of images that an epoch of stage 1 sees."""
-    return len(load_stimuli(name, data_dir, rating_columns=ratings.columns or None,
-                            rating_scale=ratings.scale or None).train)
+    return len(_stimuli(name, data_dir, ratings).train)
 
 
 @functools.cache
@@ -200,9 +203,7 @@ def data_digests(runs: Iterable[Run], data_dir: str | None, ratings: Ratings) ->
         if run.target and run.target not in TARGETS and run.target not in digests:
             digests[run.target] = load_target(run.target, data_dir).digest()
         if not set(stimuli_parts(run.stimuli)) <= {'', *STIMULI} and run.stimuli not in digests:
-            columns, scale = ratings.of(run.stimuli).columns, ratings.of(run.stimuli).scale
-            digests[run.stimuli] = load_stimuli(run.stimuli, data_dir, rating_columns=columns or None,
-                                                rating_scale=scale or None).digest()
+            digests[run.stimuli] = _stimuli(run.stimuli, data_dir, ratings.of(run.stimuli)).digest()
     return digests
 
 
