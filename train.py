@@ -86,7 +86,7 @@ from timm_emoreg.run_folder import (
     write_file,
     writing,
 )
-from timm_emoreg.settings import SettingsError, batch_of_a_step, complete_settings, shapes_stage_1
+from timm_emoreg.settings import SettingsError, backbone_args, batch_of_a_step, complete_settings, shapes_stage_1
 from timm_emoreg.small_image import small_image_form
 from timm_emoreg.task import AffectTask, EmoRegTask
 from timm_emoreg.trainable import CANNOT_BUILD, ModelError, check_takes, check_takes_one, reason_of
@@ -223,10 +223,8 @@ def target_of(args):
 
 
 def build_model(args, task: str, splits, experience: Experience | None):
-    common = dict(args.model_kwargs, small_image=args.small_image, pretrained=args.pretrained_backbone,
-                  drop_rate=args.drop, drop_path_rate=args.drop_path)
-    if args.small_image or timm.get_pretrained_cfg(args.backbone).fixed_input_size:
-        common['img_size'] = args.img_size
+    common = dict(backbone_args(vars(args)), pretrained=args.pretrained_backbone, drop_rate=args.drop,
+                  drop_path_rate=args.drop_path)
     if task == 'plain':
         model = create_backbone(args.backbone, num_classes=len(splits.target), **common)
         if experience is not None:

@@ -27,6 +27,7 @@ from .checkpoint import load_training_checkpoint
 from .commit import project_commit
 from .data import STIMULI, load_target
 from .experience import find_experience, of_the_form
+from .settings import backbone_args
 from .study_grid import CONTENT
 from .terms import licence_terms
 from .zoo import HUB_FILE, Weight, read_records, write_records
@@ -68,6 +69,19 @@ class Home:
         if name not in records:
             raise HubError(f'{name}: there is no record of it. Known: {", ".join(records) or "none"}.')
         return records[name]
+
+    def take(self, weight: Weight, file: Path) -> None:
+        """Put a weight's file, card and record in their places; if it is the default, it is the only one."""
+        for old in (self.embedded / weight.file, self.cards / weight.name / HUB_FILE):
+            old.unlink(missing_ok=True)
+        self.write_card(weight)
+        self.file(weight).parent.mkdir(parents=True, exist_ok=True)
+        file.replace(self.file(weight))
+        if weight.default:
+            for other in read_records(self.records).values():
+                if other.architecture == weight.architecture and other.default and other.name != weight.name:
+                    self.save(replace(other, default=False))
+        self.save(weight)
 
     def write_card(self, weight: Weight) -> Path:
         folder = self.cards / weight.name
@@ -282,15 +296,11 @@ def _form(run: Run, kind: str, num_affect: int) -> dict[str, Any]:
     """The arguments of EmoReg that the run built its model with."""
     args, own = run.args, {name: p.default for name, p in inspect.signature(timm_emoreg.EmoReg).parameters.items()}
     stage_2 = run.result['task'] == 'emoreg'
-    form = {'num_affect': num_affect, 'affect_kind': kind,
+    return {'num_affect': num_affect, 'affect_kind': kind,
             'balance': args['balance'] if stage_2 else own['balance'],
             'modulation': args['modulation'] if stage_2 else own['modulation'],
             'experience': 'separate' if stage_2 and args['separate_experience'] else own['experience'],
-            'small_image': args['small_image'], **of_the_form(args['model_kwargs'])}
-    backbone = timm_emoreg.BACKBONES[args['model']]
-    if args['small_image'] or timm.get_pretrained_cfg(backbone).fixed_input_size:
-        form['img_size'] = args['img_size']
-    return form
+            **backbone_args({**args, 'model_kwargs': of_the_form(args['model_kwargs'])})}
 
 
 def _half(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -312,6 +322,57 @@ def _answer(model: torch.nn.Module, input_size: tuple[int, int, int]) -> Tensor:
     x = torch.randn(32, *input_size, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         return model.eval().forward_affect(x) if model.num_classes == 0 else model.eval()(x)
+
+
+class _Tensors(NamedTuple):
+    """What a file of weights in 16 bits holds."""
+
+    answer: Tensor
+    difference: float
+    parameters: int
+
+
+def _comparable(results: list[Path], plain: list[Path]) -> tuple[list[Run], list[Run]]:
+    """The runs of a weight, the best on validation data first, and those of its plain baseline.
+
+    Raises:
+        HubError: If one card cannot speak of all of them.
+    """
+    runs, others = ([Run(path) for path in paths] for paths in (results, plain))
+    _same_recipe(runs)
+    if runs[0].result['task'] == 'plain':
+        raise HubError(f'{runs[0].path} is a plain backbone: it is the comparison (--plain), not a weight.')
+    runs.sort(key=lambda run: -run.result['validation'])
+    if runs[0].result['model'] not in timm_emoreg.BACKBONES:
+        raise HubError(f'{runs[0].result["model"]} is no registered architecture of this package.')
+    if others:
+        _same_recipe(others)
+        _check_baseline(others, runs[0])
+    _refuse_control(runs[0].args, runs[0].path)
+    return runs, others
+
+
+def _write_half(run: Run, num_classes: int, form: dict[str, Any], input_size: tuple[int, int, int],
+                file: Path) -> _Tensors:
+    """Write the best weights of a run in 16 bits and measure what that costs.
+
+    Raises:
+        HubError: If a tensor does not survive it.
+    """
+    checkpoint = load_training_checkpoint(run.checkpoint)
+    state = checkpoint.get('state_dict_ema') or checkpoint['state_dict']
+    half = _half(state)
+    save_file(half, file, metadata={'format': 'pt'})
+    file.chmod(0o644)  # safetensors lets nobody else read what it writes
+    if not _same_bits(load_file(file), half):
+        raise HubError(f'{run.path}: the file that was written does not read back bit for bit.')
+    model = timm.create_model(run.result['model'], num_classes=num_classes, **form)
+    answers = []
+    for tensors in (state, half):
+        model.load_state_dict(tensors)
+        answers.append(_answer(model, input_size))
+    difference = float(f'{(answers[0] - answers[1]).abs().max().item():.3g}')
+    return _Tensors(answers[1], difference, sum(p.numel() for p in model.parameters()))
 
 
 def build(name: str, results: list[Path], plain: list[Path] = (), home: Path = ROOT, embed: bool = False,
@@ -339,19 +400,8 @@ def build(name: str, results: list[Path], plain: list[Path] = (), home: Path = R
         ValueError: If the terms of its data allow no licence.
     """
     place = Home(home)
-    runs = [Run(path) for path in results]
-    _same_recipe(runs)
-    if runs[0].result['task'] == 'plain':
-        raise HubError(f'{runs[0].path} is a plain backbone: it is the comparison (--plain), not a weight.')
-    runs.sort(key=lambda run: -run.result['validation'])
+    runs, others = _comparable(results, plain)
     best = runs[0]
-    if best.result['model'] not in timm_emoreg.BACKBONES:
-        raise HubError(f'{best.result["model"]} is no registered architecture of this package.')
-    others = [Run(path) for path in plain]
-    if others:
-        _same_recipe(others)
-        _check_baseline(others, best)
-    _refuse_control(best.args, best.path)
     if best.result['task'] == 'emoreg':
         origin, target = _origin_of_stage_2(best, experience, place), best.args['dataset']
     else:
@@ -363,27 +413,15 @@ def build(name: str, results: list[Path], plain: list[Path] = (), home: Path = R
     form = _form(best, origin.kind, len(origin.names))
     input_size = (3, best.result['img_size'], best.result['img_size'])
 
-    checkpoint = load_training_checkpoint(best.checkpoint)
-    state = checkpoint.get('state_dict_ema') or checkpoint['state_dict']
-    half = _half(state)
-    model = timm.create_model(best.result['model'], num_classes=len(classes), **form)
-    model.load_state_dict(state)
-    full_answer = _answer(model, input_size)
-    model.load_state_dict(half)
-    half_answer = _answer(model, input_size)
-
     known = read_records(place.records).get(name)
     with tempfile.TemporaryDirectory(dir=home) as folder:
-        folder = Path(folder)
-        save_file(half, folder / HUB_FILE, metadata={'format': 'pt'})
-        if not _same_bits(load_file(folder / HUB_FILE), half):
-            raise HubError(f'{name}: the file that was written does not read back bit for bit.')
-        sha256 = sha256_of(folder / HUB_FILE)
+        file = Path(folder, HUB_FILE)
+        tensors = _write_half(best, len(classes), form, input_size, file)
+        sha256 = sha256_of(file)
         weight = Weight(
             architecture=best.result['model'], tag=tag, file=f'{name}.safetensors', sha256=sha256,
-            size=(folder / HUB_FILE).stat().st_size, precision='float16',
-            logit_difference=float(f'{(full_answer - half_answer).abs().max().item():.3g}'),
-            parameters=sum(p.numel() for p in model.parameters()), stimuli=origin.stimuli,
+            size=file.stat().st_size, precision='float16', logit_difference=tensors.difference,
+            parameters=tensors.parameters, stimuli=origin.stimuli,
             stimuli_labels=origin.labels, target=target, input_size=input_size, form=best.result['form'],
             affect_names=origin.names, label_names=classes, model_args=form, metric=best.result['metric'],
             metrics=_summary(runs, origin.names), baseline=_summary(others, origin.names) if others else {},
@@ -395,19 +433,9 @@ def build(name: str, results: list[Path], plain: list[Path] = (), home: Path = R
             hub_id=f'{organisation or (known.hub_id.split("/")[0] if known else ORGANISATION)}/{name}',
             hub_commit=known.hub_commit if known is not None and known.sha256 == sha256 else None)
         weight = replace(weight, licence=licence_terms(weight).licence)
-        (folder / 'config.json').write_text(config_text(weight), encoding='utf-8')
+        Path(folder, 'config.json').write_text(config_text(weight), encoding='utf-8')
         loaded = timm.create_model(f'local-dir:{folder}', pretrained=True)
-        if not torch.equal(_answer(loaded, input_size), half_answer):
+        if not torch.equal(_answer(loaded, input_size), tensors.answer):
             raise HubError(f'{name}: the model that timm builds from the folder answers differently.')
-        for old in (place.embedded / weight.file, place.cards / name / HUB_FILE):
-            old.unlink(missing_ok=True)
-        place.write_card(weight)
-        place.file(weight).parent.mkdir(parents=True, exist_ok=True)
-        (folder / HUB_FILE).chmod(0o644)  # safetensors lets nobody else read what it writes
-        (folder / HUB_FILE).replace(place.file(weight))
-    if default:
-        for other in read_records(place.records).values():
-            if other.architecture == weight.architecture and other.default and other.name != name:
-                place.save(replace(other, default=False))
-    place.save(weight)
+        place.take(weight, file)
     return weight

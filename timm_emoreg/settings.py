@@ -6,9 +6,10 @@ from __future__ import annotations
 
 import json
 from argparse import Namespace
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -23,7 +24,8 @@ from .regulation import check_regulation
 from .run_folder import DamagedError, read_json
 from .small_image import LARGEST_SIZE, has_small_image_form
 
-__all__ = ['REGULATION', 'SettingsError', 'batch_of_a_step', 'check_tag', 'complete_settings', 'shapes_stage_1']
+__all__ = ['REGULATION', 'SettingsError', 'backbone_args', 'batch_of_a_step', 'check_tag', 'complete_settings',
+           'shapes_stage_1']
 
 LABELS_OF_STAGE_1 = ('stimuli_labels', 'shuffle_stimuli_labels', 'rating_columns')
 # arguments of a timm model that have a flag of their own
@@ -226,6 +228,18 @@ def shapes_stage_1(args: Namespace) -> bool:
     """Whether the settings ask for a stage 1 of their own, rather than for a released one."""
     names = ('stimuli', *LABELS_OF_STAGE_1, 'affect_epochs', 'pretrained_backbone', 'model_kwargs')
     return any(getattr(args, name) for name in names) or args.dataset == 'emoji'  # which shows both stages
+
+
+def backbone_args(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of EmoReg and of `create_backbone` that build the backbone of a run in its form.
+
+    Args:
+        settings: Those of the run, complete.
+    """
+    form = {**settings['model_kwargs'], 'small_image': settings['small_image']}
+    if settings['small_image'] or timm.get_pretrained_cfg(settings['backbone']).fixed_input_size:
+        form['img_size'] = settings['img_size']
+    return form
 
 
 def batch_of_a_step(args: Namespace, task: str, splits: Splits, stimuli: Splits | None = None) -> int:

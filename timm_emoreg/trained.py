@@ -18,6 +18,7 @@ from .checkpoint import CheckpointError, load_training_checkpoint
 from .data import DataError
 from .data.choices import unknown_choice
 from .experience import Experience, find_experience
+from .settings import backbone_args
 
 __all__ = ['Trained', 'need_affect', 'released_model', 'some', 'trained_model']
 
@@ -179,7 +180,7 @@ def trained_model(where: str | Path, experience: str | None = None) -> Trained:
                               f'experience names {len(names)} ({", ".join(names)}). Name the right one with '
                               '--experience.')
     num_classes = len(state['head.weight']) if 'head.weight' in state else 0
-    form = _form(args)
+    form = backbone_args(args)
     if args['model'] not in BACKBONES:
         form['backbone'] = args['backbone']
     model = timm.create_model(
@@ -190,16 +191,8 @@ def trained_model(where: str | Path, experience: str | None = None) -> Trained:
     return _loaded(where, path, args, state, model, names)
 
 
-def _form(args: dict[str, Any]) -> dict[str, Any]:
-    """Arguments that build the backbone of a run."""
-    form = dict(args['model_kwargs'], small_image=args['small_image'])
-    if args['small_image'] or timm.get_pretrained_cfg(args['backbone']).fixed_input_size:
-        form['img_size'] = args['img_size']
-    return form
-
-
 def _plain_model(where: str | Path, path: Path, args: dict[str, Any], state: dict[str, Any]) -> Trained:
-    model = create_backbone(args['backbone'], num_classes=len(args.get('label_names', ())), **_form(args))
+    model = create_backbone(args['backbone'], num_classes=len(args.get('label_names', ())), **backbone_args(args))
     described = {k: v for k, v in model.pretrained_cfg.items() if k == 'architecture' or k not in OF_THE_WEIGHTS}
     model.pretrained_cfg = model.default_cfg = described
     return _loaded(where, path, args, state, model, ())
