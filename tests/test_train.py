@@ -1,5 +1,6 @@
 """train.py as a user runs it: settings in, files and one JSON line a stage out."""
 import argparse
+import contextlib
 import csv
 import json
 import os
@@ -631,3 +632,16 @@ def test_part_of_the_training_set_and_rare_validation(run, tmp_path, folder):
     predictions = rows(files / 'predictions.csv')
     right = sum(row['target'] == row['prediction'] for row in predictions)
     assert 100 * right / len(predictions) == pytest.approx(results[0]['test']['top1'], abs=1e-3)
+
+
+def test_predictions_are_those_that_were_counted(train):
+    """Of logits of 16 bits the best ones are often equal, and argmax does not take the one that top-1 counts."""
+    logits = torch.randn(512, 10, generator=torch.Generator().manual_seed(0)).bfloat16()
+    target = logits.float().topk(5).indices[:, 0]
+    assert (target != logits.argmax(1)).any()
+    loader = type('Loader', (list,), {'batch_size': 512})([(logits, target)])
+    args, predictions = argparse.Namespace(torchcompile=False, distributed=False), []
+    metrics = train.evaluate(train.ClassificationTask(torch.nn.Identity()), loader, contextlib.nullcontext, args,
+                             predictions)
+    assert metrics['top1'] == 100
+    assert all(right == predicted for right, predicted in predictions)
