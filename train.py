@@ -62,6 +62,7 @@ from timm_emoreg.experience import (
     released_experience,
     untrained_experience,
 )
+from timm_emoreg.files import write_text
 from timm_emoreg.optim import MUON, orthogonalize_in_float32, scale_affect_lr, usual_recipe
 from timm_emoreg.peak_memory import peak_memory_gb
 from timm_emoreg.precision import autocast_in, choose_precision
@@ -83,7 +84,6 @@ from timm_emoreg.run_folder import (
     read_json,
     remove_empty_run,
     trim,
-    write_file,
     writing,
 )
 from timm_emoreg.settings import SettingsError, backbone_args, batch_of_a_step, complete_settings, shapes_stage_1
@@ -439,13 +439,13 @@ def write_result(args, out: Path, result: dict, predictions: list | None) -> Non
     with writing(out):
         if predictions is not None:
             rows = '\n'.join(f'{target},{prediction}' for target, prediction in predictions)
-            write_file(out / 'predictions.csv', f'target,prediction\n{rows}\n')
+            write_text(out / 'predictions.csv', f'target,prediction\n{rows}\n')
         try:
             draw_curves(out / 'summary.csv', out / 'curves.png', result['metric'],
                         f'{args.experiment}: {result["task"]}')
         except (FileNotFoundError, ValueError) as e:  # a summary that was lost or damaged takes no result with it
             say(args, f'curves.png is not drawn: {e}')
-        write_file(out / 'result.json', json.dumps(result, indent=1))
+        write_text(out / 'result.json', json.dumps(result, indent=1))
 
 
 def run_stage(args, task_name: str, splits, device, experience: Experience | None = None, stimuli=None) -> dict:

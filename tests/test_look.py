@@ -22,7 +22,8 @@ import timm_emoreg  # noqa: F401  registers the models
 from timm_emoreg import look
 from timm_emoreg.answers import answer
 from timm_emoreg.data import ImageSet, Target
-from timm_emoreg.image_picture import draw_images, short
+from timm_emoreg.drawing import short
+from timm_emoreg.image_picture import draw_images
 from timm_emoreg.look import main
 from timm_emoreg.set_picture import draw_set
 from timm_emoreg.trained import Trained

@@ -5,7 +5,8 @@ import os
 import pytest
 
 from timm_emoreg import run_folder
-from timm_emoreg.run_folder import BusyError, make_run, read_json, write_file
+from timm_emoreg.files import write_text
+from timm_emoreg.run_folder import BusyError, make_run, read_json
 
 
 def test_two_runs_that_want_one_name_do_not_share_a_folder(tmp_path, monkeypatch):
@@ -15,9 +16,9 @@ def test_two_runs_that_want_one_name_do_not_share_a_folder(tmp_path, monkeypatch
     def after_another(path, content):
         monkeypatch.undo()
         make_run(folder, {'seed': 0})
-        write_file(path, content)
+        write_text(path, content)
 
-    monkeypatch.setattr(run_folder, 'write_file', after_another)
+    monkeypatch.setattr(run_folder, 'write_text', after_another)
     monkeypatch.setattr(os, 'getpid', lambda: pid + 1)
     with pytest.raises(BusyError, match=r'exists\. Continue it with --resume .*, or choose another --experiment'):
         make_run(folder, {'seed': 1})

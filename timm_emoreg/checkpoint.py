@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from .files import replacing
+
 __all__ = ['CheckpointError', 'load_training_checkpoint', 'newest_checkpoint', 'restore_best']
 
 
@@ -96,7 +98,6 @@ def restore_best(folder: Path, best_epoch: int | None) -> None:
             continue
         if fits:
             if path.name != names[0]:
-                part = folder / 'best.part'
-                shutil.copyfile(path, part)
-                part.replace(folder / names[0])
+                with replacing(folder / names[0]) as part:
+                    shutil.copyfile(path, part)
             return

@@ -5,6 +5,8 @@ import csv
 import math
 from pathlib import Path
 
+from .drawing import save
+
 __all__ = ['draw_curves']
 
 # column of the csv -> name, colour (Okabe and Ito: told apart by colour-blind readers too), line and marker, which
@@ -85,6 +87,4 @@ def draw_curves(summary: str | Path, picture: str | Path, metric: str, title: st
         if one.get_legend_handles_labels()[1]:  # below, where it hides no curve
             one.legend(fontsize=8, loc='upper center', bbox_to_anchor=(0.5, -0.2), ncols=2)
     figure.suptitle(title, fontsize=11, parse_math=False)
-    partial = Path(picture).with_suffix('.part')
-    figure.savefig(partial, dpi=120, format='png')
-    partial.replace(picture)
+    save(figure, Path(picture))

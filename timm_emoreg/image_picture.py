@@ -1,7 +1,6 @@
 """The picture of what a model answers to single images, a row each."""
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,39 +9,13 @@ from PIL import Image
 from torch import Tensor
 
 from .answers import Answers, top_classes
+from .drawing import BLUE, DPI, GREY, RESPONSES, VERMILLION, save, short
 from .trained import Trained
 
-__all__ = ['BLUE', 'DPI', 'GREY', 'RESPONSES', 'VERMILLION', 'bare', 'draw_images', 'save', 'short']
+__all__ = ['bare', 'draw_images']
 
-# Okabe and Ito's colours, told apart by colour-blind readers, too; those of z and z' are the ones of the curves
-BLUE, VERMILLION, GREY = '#0072B2', '#D55E00', '#BBBBBB'
-RESPONSES = {'non_emotional': ('z, non-emotional', '#56B4E9'), 'emotional': ("z', emotional", '#009E73'),
-             'regulated': ('y, regulated', '#000000')}
 ROW, HEAD, FOOT = 1.9, 0.85, 0.45  # inches
-DPI = 110
 MOST_EMOTIONS, MOST_RATINGS = 12, 5  # of an image, or their texts run into each other
-
-
-def short(name: str, length: int) -> str:
-    """A name for a picture: at most `length` characters, its middle left out, no line breaks and no formulas; bytes of
-    a file name that are no text become question marks."""
-    name = ' '.join(name.encode('utf-8', 'replace').decode().split())
-    if len(name) > length:
-        tail = length // 3
-        name = f'{name[:length - tail - 1]}…{name[-tail:]}'
-    return name.replace('$', r'\$')
-
-
-def save(figure, path: Path) -> None:
-    """Write a figure as PNG, which appears as a whole or not at all."""
-    partial = path.with_name(path.name + '.part')
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings('ignore', 'Glyph .* missing')  # names in a script that the font lacks
-            figure.savefig(partial, format='png')
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def bare(axis) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from .files import write_text
+
 __all__ = ['MarksError', 'between_marks', 'write_between_marks']
 
 
@@ -28,13 +30,11 @@ def between_marks(path: Path, name: str) -> str:
 
 
 def write_between_marks(path: Path, name: str, table: str) -> None:
-    """Replace what stands there; the file appears as a whole.
+    """Replace what stands there.
 
     Raises:
         MarksError: If the file has no such marks.
     """
     between_marks(path, name)
     text = _pattern(name).sub(lambda marks: marks[1] + table.rstrip('\n') + marks[3], path.read_text(encoding='utf-8'))
-    part = path.with_name(path.name + '.part')
-    part.write_text(text, encoding='utf-8')
-    part.replace(path)
+    write_text(path, text)

@@ -12,8 +12,10 @@ from pathlib import Path
 
 from timm.utils.summary import trim_summary
 
+from .files import replacing, write_text
+
 __all__ = ['BusyError', 'DamagedError', 'WriteError', 'alone_in', 'chosen_once', 'make_run', 'read_json',
-           'remove_empty_run', 'trim', 'write_file', 'writing']
+           'remove_empty_run', 'trim', 'writing']
 
 
 class WriteError(OSError):
@@ -40,7 +42,7 @@ def make_run(folder: Path, settings: dict) -> None:
         with writing(folder):
             try:
                 part.mkdir(parents=True, exist_ok=True)  # of a killed one whose number came again, as in containers
-                write_file(part / 'args.json', json.dumps(settings, indent=1))
+                write_text(part / 'args.json', json.dumps(settings, indent=1))
                 part.rename(folder)
                 return
             except OSError:
@@ -95,20 +97,13 @@ def writing(folder: str | Path) -> Iterator[None]:
                          'choose another --output.') from e
 
 
-def write_file(path: Path, content: str) -> None:
-    """Write a text; the file is replaced as a whole."""
-    part = path.with_name(path.name + '.part')
-    part.write_text(content)
-    part.replace(path)
-
-
 def chosen_once(path: Path, choose: Callable[[], dict]) -> dict:
     """What `choose` gave when it was asked first: it is kept at `path`, so that a resumed run goes by it, too."""
     if path.is_file():
         return read_json(path)
     chosen = choose()
     with writing(path.parent):
-        write_file(path, json.dumps(chosen))
+        write_text(path, json.dumps(chosen))
     return chosen
 
 
@@ -121,7 +116,6 @@ def remove_empty_run(folder: Path) -> None:
 def trim(summary: Path, epoch: int) -> None:
     """Drop the rows from `epoch` on, by timm's function, which a kill could interrupt with the file emptied."""
     if summary.exists():
-        part = summary.with_name('summary.part')
-        shutil.copyfile(summary, part)
-        trim_summary(str(part), epoch)
-        part.replace(summary)
+        with replacing(summary) as part:
+            shutil.copyfile(summary, part)
+            trim_summary(str(part), epoch)

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from .answers import Answers, Changes, changed_answers, class_affect, largest_error
 from .data import ImageSet
-from .image_picture import BLUE, DPI, GREY, RESPONSES, VERMILLION, bare, save, short
+from .drawing import BLUE, DPI, GREY, RESPONSES, VERMILLION, save, short
+from .image_picture import bare
 from .trained import Trained
 
 __all__ = ['draw_set']

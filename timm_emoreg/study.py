@@ -44,8 +44,9 @@ import timm_emoreg
 
 from .data import STIMULI, TARGETS, DataError, absolute, stimuli_parts
 from .data.choices import unknown_choice
+from .files import write_text
 from .marks import MarksError, write_between_marks
-from .run_folder import DamagedError, read_json, write_file
+from .run_folder import DamagedError, read_json
 from .settings import SettingsError, check_tag
 from .study_grid import (
     ARMS,
@@ -143,7 +144,7 @@ class Study:
 
     def _record(self, run: Run) -> None:
         path = self.folder / 'runs' / f'{run.key}.json'
-        write_file(path, json.dumps({'flags': run.flags}))
+        write_text(path, json.dumps({'flags': run.flags}))
 
     def _result(self, run: Run) -> Path:
         return self.folder / 'runs' / run.key / run.task / 'result.json'
@@ -308,7 +309,7 @@ class Study:
         total, count = len(waiting), 0
         print(f'{total} runs to do, {len(done)} finished before; {self.jobs} at a time', flush=True)
         if self.digests:
-            write_file(self.folder / 'data.json', json.dumps(self._known_data() | self.digests, indent=1))
+            write_text(self.folder / 'data.json', json.dumps(self._known_data() | self.digests, indent=1))
         running: dict[int, tuple[Run, subprocess.Popen, float]] = {}
         failed: dict[str, str] = {}
         stopped = 0

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from .data import STIMULI, TARGETS, Splits, load_stimuli, load_target, stimuli_parts
 from .data.choices import unknown_choice
+from .files import replacing
 from .settings import REGULATION
 
 __all__ = ['ARMS', 'COLUMNS', 'OF_THE_DUAL_HEAD', 'RESERVED', 'Arm', 'Ratings', 'Run', 'StudyError', 'data_digests',
@@ -322,10 +323,8 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 
 def write_rows(path: Path, rows: Iterable[dict], columns: Sequence[str]) -> None:
-    """A csv, which appears as a whole or not at all."""
-    part = path.with_name(path.name + '.part')
-    with open(part, 'w', newline='') as file:
+    """Write a csv."""
+    with replacing(path) as part, open(part, 'w', newline='') as file:
         writer = csv.DictWriter(file, columns, lineterminator='\n')
         writer.writeheader()
         writer.writerows(rows)
-    part.replace(path)

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
-from .image_picture import short
+from .drawing import save, short
 from .study_grid import ARMS, read_rows
 from .study_table import Setting, compare, controls
 
@@ -30,13 +30,6 @@ def _figure(number: int, width: float, height: float):
     for empty in axes[number:]:
         empty.remove()
     return figure, axes[:number]
-
-
-def save(figure, picture: Path) -> None:
-    """Write a PNG, which appears as a whole or not at all."""
-    part = picture.with_suffix('.part')
-    figure.savefig(part, dpi=120, format='png')
-    part.replace(picture)
 
 
 def draw_forest(folder: Path, settings: Sequence[Setting], picture: Path) -> None:

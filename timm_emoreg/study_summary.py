@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from .drawing import save
 from .statistics import holm
 from .study_grid import StudyError, read_rows
-from .study_plots import STYLES, save
+from .study_plots import STYLES
 from .study_table import Comparison, Setting, compare, controls, interval, markdown, read_settings, spread
 
 __all__ = ['Line', 'draw_summary', 'make_summary', 'read_summary']

@@ -12,7 +12,8 @@ import numpy as np
 from .data import load_target
 from .data.controls import fewer_images
 from .data.duplicates import NEAR, copies
-from .image_picture import short
+from .drawing import short
+from .files import write_text
 from .statistics import Difference, holm, mcnemar, mean_sd, paired_difference
 from .study_grid import ARMS, StudyError, read_rows, short_name, write_rows
 
@@ -346,8 +347,6 @@ def make_table(folder: Path, settings: Sequence[Setting], data_dir: str | None =
 
 
 def write_table(folder: Path, text: str, rows: Iterable[dict]) -> None:
-    """Write table.md and table.csv, each as a whole or not at all."""
-    part = folder / 'table.md.part'
-    part.write_text(text)
-    part.replace(folder / 'table.md')
+    """Write table.md and table.csv."""
+    write_text(folder / 'table.md', text)
     write_rows(folder / 'table.csv', rows, COLUMNS)

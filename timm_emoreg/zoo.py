@@ -13,6 +13,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from .files import write_text
+
 __all__ = ['HUB_FILE', 'WEIGHTS', 'Weight', 'find', 'read_records', 'registry_cfgs', 'whole_image_cfg', 'write_records']
 
 HUB_FILE = 'model.safetensors'  # name of the weight file in its Hub repository
@@ -175,11 +177,9 @@ def read_records(path: Path | None = None) -> dict[str, Weight]:
 
 
 def write_records(records: dict[str, Weight], path: Path) -> None:
-    """Write records in the order of their names; the file is replaced as a whole or not at all."""
+    """Write records in the order of their names."""
     text = json.dumps([records[name].to_dict() for name in sorted(records)], indent=1, ensure_ascii=False)
-    temporary = path.with_name(path.name + '.part')
-    temporary.write_text(text + '\n', encoding='utf-8')
-    temporary.replace(path)
+    write_text(path, text + '\n')
 
 
 def find(name: str) -> Weight | None:

@@ -1,0 +1,26 @@
+"""Writing files that appear as a whole or not at all."""
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+__all__ = ['replacing', 'write_text']
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file beside `path` to write to. It takes the place of `path` when the block has ended well, else it goes."""
+    part = path.with_name(path.name + '.part')
+    try:
+        yield part
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text in UTF-8."""
+    with replacing(path) as part:
+        part.write_text(text, encoding='utf-8')
