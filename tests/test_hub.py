@@ -145,6 +145,17 @@ def test_build_into_the_package_and_back(run, home):
     assert (home / 'hub_cards' / NAME / HUB_FILE).exists()
 
 
+@pytest.mark.parametrize('written', ['make_card', 'write_records'])
+def test_a_build_that_cannot_be_written_leaves_the_weight_as_it_was(run, home, monkeypatch, written):
+    build(NAME, [run()], home=home, embed=True, default=True, commit=COMMIT)
+    monkeypatch.setattr(release, written, mock.Mock(side_effect=OSError(28, 'No space left on device')))
+    with pytest.raises(OSError, match='No space left'):
+        build(NAME, [run(seed=1)], home=home, commit=COMMIT)
+    assert check(NAME, home, run=False) == []
+    assert read_records(home / 'timm_emoreg/assets/weights.json')[NAME].embedded
+    assert not list(home.rglob('*.part'))
+
+
 def test_build_of_stage_2_with_its_baseline(run, home):
     stage_1 = run()
     build(NAME, [stage_1], home=home, commit=COMMIT)

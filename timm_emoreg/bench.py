@@ -31,6 +31,7 @@ from .backbone import create_backbone
 from .data.folders import default_data_dir
 from .data.loader import make_loader
 from .data.sets import ImageSet, Target
+from .files import write_text
 from .fold import fold
 from .optim import orthogonalize_in_float32
 from .precision import autocast_in, choose_precision
@@ -466,7 +467,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f'\n{table(figures)}')
     if args.json:
         found = {'about': about, 'notes': notes, 'figures': [vars(figure) for figure in figures]}
-        args.json.write_text(json.dumps(found, indent=1))
+        write_text(args.json, json.dumps(found, indent=1))
     return failed
 
 

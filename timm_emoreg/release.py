@@ -10,6 +10,8 @@ import shlex
 import statistics
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +29,7 @@ from .checkpoint import load_training_checkpoint
 from .commit import project_commit
 from .data import STIMULI, load_target
 from .experience import find_experience, of_the_form
+from .files import replacing
 from .settings import backbone_args
 from .study_grid import CONTENT
 from .terms import licence_terms
@@ -71,24 +74,34 @@ class Home:
         return records[name]
 
     def take(self, weight: Weight, file: Path) -> None:
-        """Put a weight's file, card and record in their places; if it is the default, it is the only one."""
-        for old in (self.embedded / weight.file, self.cards / weight.name / HUB_FILE):
+        """Put a weight's file, card and record in their places; if it is the default, it is the only one.
+
+        The old ones stay until nothing is left to do that needs room on the disk.
+        """
+        records = {name: replace(other, default=other.default and not (
+                       weight.default and other.architecture == weight.architecture))
+                   for name, other in read_records(self.records).items()}
+        new = self.file(weight)
+        new.parent.mkdir(parents=True, exist_ok=True)
+        with self._new_card(weight), replacing(self.records) as part:
+            write_records({**records, weight.name: weight}, part)
+            file.replace(new)
+        for old in {self.embedded / weight.file, self.cards / weight.name / HUB_FILE} - {new}:
             old.unlink(missing_ok=True)
-        self.write_card(weight)
-        self.file(weight).parent.mkdir(parents=True, exist_ok=True)
-        file.replace(self.file(weight))
-        if weight.default:
-            for other in read_records(self.records).values():
-                if other.architecture == weight.architecture and other.default and other.name != weight.name:
-                    self.save(replace(other, default=False))
-        self.save(weight)
 
     def write_card(self, weight: Weight) -> Path:
+        with self._new_card(weight) as folder:
+            return folder
+
+    @contextmanager
+    def _new_card(self, weight: Weight) -> Iterator[Path]:
+        """A card that takes its place when the block has ended well."""
         folder = self.cards / weight.name
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / 'config.json').write_text(config_text(weight), encoding='utf-8')
-        (folder / 'README.md').write_text(make_card(weight), encoding='utf-8')
-        return folder
+        with replacing(folder / 'config.json') as config, replacing(folder / 'README.md') as card:
+            config.write_text(config_text(weight), encoding='utf-8')
+            card.write_text(make_card(weight), encoding='utf-8')
+            yield folder
 
 
 def config_text(weight: Weight) -> str:
