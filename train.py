@@ -94,7 +94,7 @@ from timm_emoreg.trainable import CANNOT_BUILD, ModelError, check_takes, check_t
 # -- settings ----------------------------------------------------------------------------------------------------------
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     yes_no = argparse.BooleanOptionalAction
@@ -193,9 +193,9 @@ def parse_args() -> argparse.Namespace:
     group.add_argument('--experiment', help='name of the folder in --output (default: date, model and data set)')
     group.add_argument('--resume', type=Path, metavar='RUN', help='output folder to continue, settings included')
     group.add_argument('--log-interval', type=at_least(1), default=50, help='steps between looks at the loss')
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     # what is on the command line: a default is only set where there is nothing yet
-    given = vars(parser.parse_args(namespace=argparse.Namespace(**dict.fromkeys(vars(args), parser))))
+    given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), parser))))
     given = [name for name, value in given.items() if value is not parser]
     try:
         return complete_settings(args, given)

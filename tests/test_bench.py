@@ -39,6 +39,7 @@ def test_a_row_holds_the_median_of_the_ratios_not_the_ratio_of_the_medians():
     assert figure.row() == ['a step', '2.500', '1.875 to 3.250', '4', '6 s', '2.5 s', 'at most 2']
     assert bench.Figure('once', 'MB', [(1500, 1000)]).row() == [
         'once', '1.500', '1.500 to 1.500', '1', '1,500 MB', '1,000 MB', '']
+    assert bench.Figure('fast', 'images/s', [(215_004.2, 999.94)]).row()[4:6] == ['215,004 images/s', '999.9 images/s']
     assert bench.table([figure]).splitlines()[-1] == (
         '| a step | 2.500 | 1.875 to 3.250 | 4 | 6 s | 2.5 s | at most 2 |')
 

@@ -37,8 +37,7 @@ spec.loader.exec_module(train)
 
 
 def settings(*command):
-    with mock.patch.object(sys, 'argv', ['train.py', *command]):
-        return vars(train.parse_args())
+    return vars(train.parse_args(list(command)))
 
 
 @pytest.fixture

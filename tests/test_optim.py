@@ -87,7 +87,7 @@ def test_a_negative_scale_is_refused(model, scale):
         scale_affect_lr(optimizer, model, scale)
 
 
-@pytest.mark.parametrize('opt', ['muon', 'adamuon', 'sgd'])
+@pytest.mark.parametrize('opt', ['muon', 'adamuon', 'lookahead_muon', 'sgd'])
 def test_muon_orthogonalizes_in_float32_only_while_that_optimizer_steps(opt, monkeypatch):
     usual, types = muon.zeropower_via_newtonschulz, []
 
@@ -106,6 +106,9 @@ def test_muon_orthogonalizes_in_float32_only_while_that_optimizer_steps(opt, mon
     wide, narrow = torch.float32, torch.bfloat16
     assert types == ([] if opt == 'sgd' else [wide, narrow, wide])
     assert muon.zeropower_via_newtonschulz is watched
+    with pytest.raises(ZeroDivisionError):
+        own.step(lambda: 1 / 0)
+    assert muon.zeropower_via_newtonschulz is watched
 
 
 @pytest.mark.parametrize(('name', 'task', 'opt', 'recipe'), [
@@ -113,6 +116,7 @@ def test_muon_orthogonalizes_in_float32_only_while_that_optimizer_steps(opt, mon
     ('test_resnet', 'emoreg', None, ('muon', 0.02, 0.01, MUON)),
     ('test_vit', 'plain', None, ('muon', 0.005, 0.01, MUON)),
     ('test_vit', 'affect', 'muon', ('muon', 0.005, 0.01, MUON)),
+    ('test_resnet', 'plain', 'lookahead_muon', ('lookahead_muon', 0.02, 0.01, MUON)),
     ('test_resnet', 'plain', 'sgd', ('sgd', 0.05, 5e-4, {})),
     ('test_resnet', 'plain', 'lamb', ('lamb', 5e-4, 0.05, {})),
 ])

@@ -7,7 +7,7 @@ import pytest
 
 from timm_emoreg import study_grid
 from timm_emoreg.data import DataError
-from timm_emoreg.study_grid import ARMS, CONTENT, Ratings, StudyError, parse_arm, plan
+from timm_emoreg.study_grid import ARMS, COLUMNS, CONTENT, Ratings, StudyError, parse_arm, plan
 
 
 @pytest.fixture
@@ -170,8 +170,11 @@ def test_a_plain_plus_that_is_plain_is_skipped(grid):
 
 def test_damaged_rows_are_named(tmp_path):
     path = tmp_path / 'results.csv'
+    header = ','.join(COLUMNS)
     for text, message in (('arm,seed\nplain,0\n', 'its first line names no column key'),
-                          ('key,arm\na,plain\nb\n', 'row 3 has not as many cells as the first one')):
+                          ('key,arm\na,plain\n', 'its first line names no column model'),
+                          (f'{header}\n{"," * header.count(",")}\nb\n',
+                           'row 3 has not as many cells as the first one')):
         path.write_text(text)
         with pytest.raises(StudyError, match=f'results.csv: {message}. Restore it'):
             study_grid.read_rows(path)

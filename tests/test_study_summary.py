@@ -42,6 +42,18 @@ def test_a_line_a_setting(csv):
     assert table[3] == '| one seed | 1 | 50.00 | +2.00 | not run | not run | not run |'
 
 
+def test_what_has_not_the_pairs_of_all_seeds_is_marked(csv):
+    for seed in (0, 1, 2):
+        write_run(csv.parent / 'b', 'shuffled', seed, 51.0 - seed)
+    write_run(csv.parent / 'b', 'plain', 2, 90.0)
+    csv.write_text(f'{HEADER}two seeds,b,emoji,cifar10,1000,0-2\n')
+    (csv.parent / 'b/results.csv').write_text(''.join(
+        line for line in (csv.parent / 'b/results.csv').open() if not line.startswith('shuffled_1000_s1')))
+    cells = make_summary(read_summary(csv)).splitlines()[2].split(' | ')
+    assert cells[1:4] == ['2', '50.50 ± 0.71', '+2.00 [+2.00, +2.00]']  # not the plain run that has no pair
+    assert cells[5] == '+1.00 (1)'
+
+
 def test_bold_is_what_is_clear_after_the_correction(tmp_path):
     for seed in range(5):
         write_run(tmp_path, 'plain', seed, 50.0 + seed)

@@ -182,6 +182,25 @@ def test_runs_that_were_computed_otherwise_are_not_paired_without_a_word(folder)
             'Run the arms of a seed on one machine, or give all of them --no-amp.') in tables(folder)
 
 
+def test_a_stage_1_that_was_computed_otherwise_is_told_too(folder):
+    rows = [dict.fromkeys(COLUMNS, '') | {
+        'key': f'{arm}_s{seed}', 'arm': arm, 'model': 'resnet10t', 'stimuli': 'emoji', 'seed': seed, 'epochs': 15,
+        'best_epoch': 15, 'metric': 'ccc', 'test': 0.2, 'precision': precision}
+        for arm, seed, precision in (('affect', 0, 'float32'), ('affect:shuffled', 0, 'float32'),
+                                     ('affect', 1, 'float32'), ('affect:shuffled', 1, 'bfloat16'))]
+    write_rows(folder / 'stage1.csv', rows, COLUMNS)
+    assert ('the runs of seed 1 were computed in different ways in stage 1 (bfloat16, float32). Run the arms'
+            in tables(folder))
+    write_rows(folder / 'stage1.csv', rows[:-1], COLUMNS)
+    assert 'different ways' not in tables(folder)
+
+
+def test_an_arm_of_another_version(folder):
+    write_run(folder, 'tempered', 0, 60.0)
+    with pytest.raises(StudyError, match=r"is of the arm 'tempered', which this version does not know.*Update"):
+        read_settings(folder)
+
+
 def test_runs_of_another_attention_are_not_paired_without_a_word(folder):
     write_run(folder, 'unlabelled', 3, 60.0, precision='bfloat16', attention='plain')
     write_run(folder, 'content', 3, 60.0, precision='bfloat16', attention='fused')

@@ -213,8 +213,12 @@ def test_an_error_without_words_is_named_by_its_type(tmp_path, monkeypatch):
 def test_a_published_weight_brings_its_names(hub, tmp_path):
     model = timm.create_model('emoreg', backbone='test_resnet', num_affect=2, num_classes=0)
     save_for_hf(model, tmp_path, model_config={'emoreg': {'affect_names': ['joy', 'fear']}}, safe_serialization=True)
-    hub.put('someone/mine', {path.name: path.read_bytes() for path in tmp_path.iterdir()})
+    files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    commit = hub.put('someone/mine', files)
     assert released_model('hf-hub:someone/mine').affect_names == ('joy', 'fear')
+    hub.put('someone/mine', {'config.json': files['config.json'].replace(b'joy', b'awe')})
+    assert released_model(f'hf-hub:someone/mine@{commit}').affect_names == ('joy', 'fear')
+    assert released_model('hf-hub:someone/mine').affect_names == ('awe', 'fear')
 
 
 def test_a_folder_of_a_plain_model_is_refused(tmp_path):

@@ -93,7 +93,8 @@ def test_places_in_their_order(hub, published, tmp_path, monkeypatch):
     assert not hub.requests  # from the cache, without a question
     record.embedded_path.write_bytes(GOOD)
     assert find_file(record, LAYOUT, cache) == record.embedded_path
-    monkeypatch.setenv('EMOREG_WEIGHTS', str(folder))
+    monkeypatch.setenv('HOME', str(folder.parent))
+    monkeypatch.setenv('EMOREG_WEIGHTS', f'~/{folder.name}')
     assert find_file(record, LAYOUT, cache) == record.embedded_path  # the folder holds none
     (folder / record.file).write_bytes(GOOD)
     assert find_file(record, LAYOUT, cache) == folder / record.file
@@ -194,6 +195,22 @@ def test_bad_cached_file_is_fetched_again(hub, published, tmp_path, damage):
     assert assert_recovers_after.read_bytes() == GOOD
     assert hub.count('GET', '/objects/') == 1
     assert_only_good(tmp_path)
+
+
+def test_a_cached_file_that_another_process_is_just_replacing(published, tmp_path, monkeypatch):
+    path, check = find_file(published, LAYOUT, tmp_path), weights.check_file
+
+    def after_the_other(file, *rest):
+        if rest[-1] == 'in the Hub cache' and not calls:
+            calls.append(file)
+            file.unlink()
+        return check(file, *rest)
+
+    calls = []
+    monkeypatch.setattr(weights, 'check_file', after_the_other)
+    assert find_file(published, LAYOUT, tmp_path) == path
+    assert calls == [path]
+    assert path.read_bytes() == GOOD
 
 
 def test_bad_cached_file_and_no_hub(published, tmp_path, monkeypatch):

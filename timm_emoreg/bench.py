@@ -71,7 +71,8 @@ class Figure:
         ratios = [ours / theirs for ours, theirs in self.pairs]
         middle = statistics.median(ratios)
         low, _, high = statistics.quantiles(ratios, n=4, method='inclusive') if len(ratios) > 1 else ratios * 3
-        sides = (f'{statistics.median(side):,.4g} {self.unit}' for side in zip(*self.pairs, strict=True))
+        medians = (statistics.median(side) for side in zip(*self.pairs, strict=True))
+        sides = (f'{value:,.0f} {self.unit}' if value >= 1000 else f'{value:.4g} {self.unit}' for value in medians)
         return [self.name, f'{middle:.3f}', f'{low:.3f} to {high:.3f}', str(len(ratios)), *sides, self.goal]
 
 

@@ -1,7 +1,7 @@
 """The optimizer of each stage, and what timm's have no option for: a rate of some parameters, the precision of Muon."""
 from __future__ import annotations
 
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ def usual_recipe(model: torch.nn.Module, task: str, opt: str | None, batch_size:
     # Short runs hardly start under SGD at the rates that suit long ones; AdamW and Muon learn at once. A ViT learned
     # stage 1 better with Muon, and ended stage 2 lower after it (hub_cards/study).
     opt = opt or ('adamw' if task == 'affect' else 'muon')
-    if opt == 'muon':
+    if opt in ('muon', 'lookahead_muon'):
         # The length of Muon's updates depends neither on the gradient nor on the batch: 0.02 and 0.03 were best for
         # ResNet at 256 and 64 images. Without batch norm the length of the weights matters: ViT stood still at 0.02.
         lr = 0.02 if any(isinstance(m, _BatchNorm) for m in model.modules()) else 0.005
@@ -50,15 +50,21 @@ def orthogonalize_in_float32(optimizer: Optimizer) -> None:
     (resnet18) as long as in float32. timm's function has the argument, its optimizer does not pass it on, so the
     function is replaced while this optimizer steps.
     """
+    optimizer = getattr(optimizer, '_base_optimizer', optimizer)  # within timm's Lookahead
     if not isinstance(optimizer, muon.Muon):
         return
-    usual = muon.zeropower_via_newtonschulz
+    step = optimizer.step
 
-    def use(function) -> None:
-        muon.zeropower_via_newtonschulz = function
+    @wraps(step)
+    def step_in_float32(*args, **kwargs):
+        usual = muon.zeropower_via_newtonschulz
+        muon.zeropower_via_newtonschulz = partial(usual, dtype=torch.float32)
+        try:
+            return step(*args, **kwargs)
+        finally:
+            muon.zeropower_via_newtonschulz = usual
 
-    optimizer.register_step_pre_hook(lambda *_: use(partial(usual, dtype=torch.float32)))
-    optimizer.register_step_post_hook(lambda *_: use(usual))
+    optimizer.step = step_in_float32
 
 
 def scale_affect_lr(optimizer: Optimizer, model: EmoReg, scale: float) -> None:

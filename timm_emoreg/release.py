@@ -8,14 +8,12 @@ import json
 import os
 import shlex
 import statistics
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest import mock
 
 import timm
 import torch
@@ -145,8 +143,7 @@ def _settings_of(*command: str) -> dict[str, Any]:
     spec = importlib.util.spec_from_file_location('emoreg_train', ROOT / 'train.py')
     train = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(train)
-    with mock.patch.object(sys, 'argv', ['train.py', *command]):
-        return vars(train.parse_args())
+    return vars(train.parse_args(list(command)))
 
 
 def _different(one: Run, other: Run, aside: tuple[str, ...] = ()) -> str:

@@ -306,7 +306,7 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     """The rows of a csv, none if there is no such file.
 
     Raises:
-        StudyError: If a row has not as many cells as the header, or that of a study's csv names no key.
+        StudyError: If a row has not as many cells as the header, or that of a study's csv lacks a column.
     """
     if not path.is_file():
         return []
@@ -314,8 +314,10 @@ def read_rows(path: Path) -> list[dict[str, str]]:
         reader = csv.DictReader(file)
         rows = list(reader)
     again = 'Restore it, or remove it: a finished run whose folder is there gets its row again.'
-    if rows and path.name in ('results.csv', 'stage1.csv') and 'key' not in rows[0]:
-        raise StudyError(f'{path}: its first line names no column key. {again}')
+    of_runs = path.name in ('results.csv', 'stage1.csv')
+    needed = [name for name in COLUMNS if of_runs and name != 'attention']  # which older ones lack
+    if rows and (missing := [name for name in needed if name not in rows[0]]):
+        raise StudyError(f'{path}: its first line names no column {missing[0]}. {again}')
     for number, row in enumerate(rows, start=2):
         if None in row or None in row.values():
             raise StudyError(f'{path}: row {number} has not as many cells as the first one. {again}')

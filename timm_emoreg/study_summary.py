@@ -73,17 +73,20 @@ def read_summary(path: Path) -> list[Line]:
 
 
 def make_summary(lines: Sequence[Line]) -> str:
-    """The table as markdown; bold is what is different from zero after Holm's correction within the setting."""
+    """The table as markdown; bold is what is different from zero after Holm's correction within the setting,
+    and (n) stands where not every seed of the regulated arm has its pair."""
     def cell(line: Line, versus: str) -> str:
         if versus not in line.compared:
             return 'not run'
         c, p = line.compared[versus]
-        return f'**{interval(c.difference)}**' if p < 0.05 else interval(c.difference)
+        text = interval(c.difference) + (f' ({c.difference.n})' if c.difference.n < len(line.setting.arms[ARM]) else '')
+        return f'**{text}**' if p < 0.05 else text
 
     rows = []
     for line in lines:
-        plain = [float(row['test']) for row in line.setting.arms.get('plain', {}).values()]
-        rows.append((line.label, str(len(line.setting.arms[ARM])), spread(plain) if plain else 'not run',
+        seeds = line.setting.arms[ARM]
+        plain = [float(row['test']) for seed, row in line.setting.arms.get('plain', {}).items() if seed in seeds]
+        rows.append((line.label, str(len(seeds)), spread(plain) if plain else 'not run',
                      *(cell(line, versus) for versus in VERSUS)))
     header = ('stage 1 → target', 'n', 'plain', *(f'minus {versus}' for versus in VERSUS))
     return markdown(header, rows)

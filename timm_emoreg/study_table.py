@@ -56,13 +56,17 @@ def read_settings(folder: Path, seeds: Sequence[int] | None = None) -> list[Sett
         seeds: The ones to look at, None for all.
 
     Raises:
-        StudyError: If there are none.
+        StudyError: If there are none, or one is of an unknown arm.
     """
     rows = [row for row in read_rows(folder / 'results.csv') if seeds is None or int(row['seed']) in seeds]
     if not rows:
         which = '' if seeds is None else f' with a seed of {", ".join(map(str, seeds))}'
         raise StudyError(f'{folder / "results.csv"}: no finished run{which} yet. Start some: python -m '
                          'timm_emoreg.study run')
+    for row in rows:
+        if row['arm'].partition(':')[0] not in ARMS:
+            raise StudyError(f'{folder / "results.csv"}: {row["key"]} is of the arm {row["arm"]!r}, which this version '
+                             f'does not know. It knows {", ".join(ARMS)}. Update timm_emoreg, or remove the row.')
     places = {(row['model'], row['stimuli'], row['target'], row['train_images']): None for row in rows}
     with_stimuli = {(model, target, images) for model, stimuli, target, images in places if stimuli}
     settings = []
@@ -265,20 +269,26 @@ COLUMNS = ('model', 'stimuli', 'target', 'train_images', 'arm', 'versus', 'n', '
            'mcnemar_p', 'won_lost_by_seed')
 
 
-def _computed_otherwise(setting: Setting) -> list[str]:
+def _computed_otherwise(folder: Path, setting: Setting) -> list[str]:
     """A warning where runs are paired that another processor, or its load, had compute in another precision or with
-    another kernel of attention."""
-    found: dict[str, set[str]] = {}
-    for runs in setting.arms.values():
-        for seed, row in runs.items():
+    another kernel of attention, in stage 2 or in their stage 1."""
+    seeds = {str(seed) for runs in setting.arms.values() for seed in runs}
+    stages = {'': [row for runs in setting.arms.values() for row in runs.values()],
+              ' in stage 1': [row for row in read_rows(folder / 'stage1.csv') if row['seed'] in seeds
+                              and (row['model'], row['stimuli']) == (setting.model, setting.stimuli)]}
+    warnings = []
+    for stage, rows in stages.items():
+        found: dict[str, set[str]] = {}
+        for row in rows:
             kind = [row['precision'], *(f'{name} attention' for name in [row.get('attention')] if name)]
-            found.setdefault(str(seed), set()).add(' with '.join(kind))
-    mixed = [seed for seed, ways in found.items() if len(ways) > 1]
-    if not mixed:
-        return []
-    kinds = ', '.join(sorted(set().union(*(found[seed] for seed in mixed))))
-    return [f'Not only the arm differs: the runs of seed {", ".join(mixed)} were computed in different ways '
-            f'({kinds}). Run the arms of a seed on one machine, or give all of them --no-amp.\n']
+            found.setdefault(row['seed'], set()).add(' with '.join(kind))
+        mixed = [seed for seed, ways in found.items() if len(ways) > 1]
+        if mixed:
+            kinds = ', '.join(sorted(set().union(*(found[seed] for seed in mixed))))
+            warnings.append(f'Not only the arm differs: the runs of seed {", ".join(mixed)} were computed in different '
+                            f'ways{stage} ({kinds}). Run the arms of a seed on one machine, or give all of them '
+                            '--no-amp.\n')
+    return warnings
 
 
 def _setting_table(folder: Path, setting: Setting) -> tuple[str, list[dict]]:
@@ -320,7 +330,7 @@ def _setting_table(folder: Path, setting: Setting) -> tuple[str, list[dict]]:
                          'won_lost_by_seed': ' '.join(f'{seed}:{won}/{lost}' for seed, won, lost in c.pairs)})
     if any(len(runs) < 2 for runs in setting.arms.values()):
         text.append('A single seed gives no sd, no interval and no t test: n/a.\n')
-    text += _computed_otherwise(setting)
+    text += _computed_otherwise(folder, setting)
     return '\n'.join(text), rows
 
 

@@ -71,7 +71,8 @@ def need_affect(trained: Trained) -> Trained:
 
 
 def released_model(name: str) -> Trained:
-    """A released weight by name and tag, a folder of one as ``local-dir:PATH``, or ``hf-hub:OWNER/NAME``.
+    """A released weight by name and tag, a folder of one as ``local-dir:PATH``, or ``hf-hub:OWNER/NAME``, perhaps with
+    ``@REVISION``.
 
     Raises:
         DataError: If the name is unknown, or means a model without an affect response.
@@ -81,7 +82,9 @@ def released_model(name: str) -> Trained:
     kind, colon, place = name.partition(':')
     if colon and kind in ('local-dir', 'hf-hub'):
         try:
-            config = Path(place, 'config.json') if kind == 'local-dir' else Path(hf_hub_download(place, 'config.json'))
+            repository, _, revision = place.partition('@')
+            config = Path(place, 'config.json') if kind == 'local-dir' else Path(
+                hf_hub_download(repository, 'config.json', revision=revision or None))
             names = tuple(json.loads(config.read_text())['emoreg']['affect_names'])
         except (KeyError, TypeError):  # a model that was exported without them, or no model
             pass

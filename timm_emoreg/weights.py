@@ -270,6 +270,10 @@ def _from_hub(weight: Weight, layout: dict[str, tuple[int, ...]], cache_dir: str
             return path is not None and bool(check_file(path, weight, layout, 'in the Hub cache'))
         except WeightDamaged:
             return False
+        except WeightUnwritable:
+            if path.exists():
+                raise
+            return False  # another process is just replacing a damaged one
 
     path = _cached(weight, cache_dir)
     if good(path):
@@ -306,6 +310,7 @@ def find_file(weight: Weight, layout: dict[str, tuple[int, ...]], cache_dir: str
     """
     folder = os.environ.get(FOLDER_VARIABLE)
     if folder:
+        folder = os.path.expanduser(folder)
         if not Path(folder).is_dir():
             raise WeightNotFound(f'{weight.name}: ${FOLDER_VARIABLE} names {folder}, which is no folder. '
                                  'Correct it, or unset it.')
