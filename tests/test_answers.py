@@ -159,3 +159,14 @@ def test_the_numbers_of_a_set():
     assert text['balance']['kind'] == 'gate'
     assert text['balance']['min'] < text['balance']['mean'] < text['balance']['max']
     assert text['affective_state']['cat']['joy'] == pytest.approx(answers.state[[0, 4], 0].mean().item(), abs=1e-4)
+
+
+def test_the_accuracy_of_each_response_is_its_own():
+    z, z_emo, y = (torch.eye(2)[answers] for answers in ([0, 0, 0, 1], [1, 1, 0, 1], [0, 0, 1, 1]))
+    answers = Answers(*[torch.zeros(4, 1)] * 2, z, z_emo, y, torch.tensor([0.1, 0.3, 0.1, 0.3]))
+    trained = SimpleNamespace(source='a model', affect_names=('joy',), model=SimpleNamespace(
+        num_classes=2, regulation=SimpleNamespace(kind='gate')))
+    text = describe_set(trained, answers, torch.tensor([0, 0, 0, 1]), ('cat', 'dog'))
+    assert text['top1'] == {'non_emotional': 100.0, 'emotional': 50.0, 'regulated': 75.0}
+    assert text['balance'] == {'kind': 'gate', 'mean': 0.2, 'sd': 0.1, 'min': 0.1, 'max': 0.3}
+    assert (text['changed'], text['repaired'], text['broken']) == (1, 0, 1)

@@ -100,3 +100,42 @@ def test_command(trained_run, colours, capsys):
     assert 'the stimuli ask for 0 degrees, 90 degrees, ' in capsys.readouterr().err
     assert main([str(trained_run / 'affect'), *argv[1:]]) == 2
     assert 'is the result of stage 1 and has no response to images. Give a run of' in capsys.readouterr().err
+
+
+def test_every_number_is_of_the_response_and_of_the_weights_that_it_names():
+    trained, stimuli, shown = build(balance='gate'), stimuli_like(build()), images(80)
+    before = {k: v.clone() for k, v in trained.model.state_dict().items()}
+    then = answer(trained, shown)[0]
+    with torch.no_grad():
+        trained.model.head_affect.weight.mul_(3)
+        trained.model.modulation.shift.weight.mul_(20)
+        now = answer(trained, shown)[0]
+        for head, z in ((trained.model.head, now.non_emotional), (trained.model.head_emo, now.emotional)):
+            head.bias.sub_(z.mean(dim=0))  # untrained, they answer all images alike
+    now = answer(trained, shown)[0]
+    constant = with_constant_state(trained, shown, now.state.mean(dim=0), 'cpu').regulated
+
+    def top1(response):
+        return round(100 * (response.argmax(1) == shown.targets).double().mean().item(), 2)
+
+    found = diagnose(trained, before, stimuli, shown)
+    expected = {name: top1(getattr(now, name)) for name in ('non_emotional', 'emotional', 'regulated')}
+    changed = int((constant.argmax(1) != now.regulated.argmax(1)).sum())
+    assert len({*expected.values(), top1(constant)}) == 4  # or this test could not fail
+    assert found['top1'] == expected
+    assert found['constant_state'] == {'top1': top1(constant), 'changed': changed}
+    assert 0 < changed < 80
+    sd = {name: answers.state.std(dim=0, correction=0).mean().item()
+          for name, answers in (('sd_before', then), ('sd_after', now))}
+    assert sd['sd_after'] > sd['sd_before'] + 1e-3
+    assert {name: found['state'][name] for name in sd} == pytest.approx(sd, abs=1e-4)
+
+
+def test_the_command_leaves_the_test_parts_unseen(trained_run, colours, capsys, monkeypatch):
+    seen = []
+    monkeypatch.setattr('timm_emoreg.diagnose.diagnose', lambda *args: seen.extend(args[2:4]) or {})
+    assert main([str(trained_run), '--experience', str(trained_run), '--stimuli', str(colours), '--dataset',
+                 str(colours)]) == 0
+    unseen = load_target(str(colours)).test.images
+    assert [images.images for images in seen] == [load_target(str(colours)).validation.images] * 2
+    assert not {*unseen} & {*seen[0].images}

@@ -274,6 +274,25 @@ def test_dropout_inside_a_removed_classifier_still_acts():
     assert model.head_drop.p == 0.5
 
 
+def test_a_batch_norm_of_little_variance_is_folded_exactly():
+    plain = timm.create_model('levit_128s', num_classes=5).eval()
+    for norm in [m for m in plain.modules() if isinstance(m, torch.nn.BatchNorm1d)][-1:]:  # of the classifier
+        norm.running_var.fill_(norm.eps)
+    x = images(size=224)
+    want = plain(x)
+    assert_close(EmoReg(plain, balance=0.0).eval()(x), want, rtol=1e-4, atol=1e-5)
+
+
+def test_that_dropout_acts_on_every_response():
+    model = stir(create(balance=0.0)).train()
+    model.head_drop = torch.nn.Dropout(1.0)  # nothing is left of the features
+    head, affect = (part.bias.expand(2, -1) for part in (model.head, model.head_affect))
+    assert_close(model(images()), head)
+    assert_close(model.forward_responses(images()).non_emotional, head)
+    assert_close(model.forward_responses(images()).affect, affect)
+    assert_close(model.forward_affect(images()), affect)
+
+
 @both
 def test_global_pool(backbone):
     model = create(backbone, global_pool='max' if backbone == 'test_resnet' else 'avg').eval()

@@ -24,6 +24,12 @@ def test_resnet_keeps_its_resolution(name, form):
     assert [info['module'] for info in model.feature_info] == [info['module'] for info in stock.feature_info]
 
 
+def test_the_new_convolution_of_a_resnet_starts_as_timms():
+    own = timm.create_model('resnet18').layer1[0].conv1.weight  # 64 channels of 3x3, too
+    new = create_backbone('resnet18', small_image=True).conv1.weight
+    assert new.std().item() == pytest.approx(own.std().item(), rel=0.1)
+
+
 @pytest.mark.parametrize(('size', 'patch'), [(32, 4), (48, 6), ((64, 64), 8)])
 def test_vit_sees_64_patches(size, patch):
     model = create_backbone('test_vit', small_image=True, img_size=size)

@@ -7,6 +7,7 @@ from PIL import Image
 from test_study_table import write_run, write_runs
 
 from timm_emoreg.marks import between_marks
+from timm_emoreg.statistics import holm
 from timm_emoreg.study import main
 from timm_emoreg.study_grid import StudyError
 from timm_emoreg.study_summary import draw_summary, make_summary, read_summary
@@ -117,3 +118,11 @@ def test_the_readme_has_the_table_of_the_results():
         pytest.skip('an installed package has no README beside it')
     table = make_summary(read_summary(ROOT / 'hub_cards/study/summary.csv'))
     assert between_marks(ROOT / 'README.md', 'study') == table.rstrip('\n')
+
+
+def test_the_correction_counts_every_control_and_not_only_those_shown(csv):
+    setting, = read_settings(csv.parent)
+    family = ('plain', 'init', 'random', 'shuffled')  # the random one has no column
+    corrected = holm([compare(csv.parent, setting, 'regulated', control).difference.p for control in family])
+    expected = {control: p for control, p in zip(family, corrected, strict=True) if control != 'random'}
+    assert {versus: p for versus, (_, p) in read_summary(csv)[0].compared.items()} == pytest.approx(expected)

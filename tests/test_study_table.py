@@ -7,6 +7,7 @@ from scipy import stats
 
 from timm_emoreg import study, study_table
 from timm_emoreg.data import ImageSet, Splits, Target
+from timm_emoreg.data.controls import fewer_images
 from timm_emoreg.study_grid import COLUMNS, StudyError, read_rows, write_rows
 from timm_emoreg.study_table import compare, controls, make_table, read_settings, write_table
 
@@ -206,3 +207,46 @@ def test_runs_of_another_attention_are_not_paired_without_a_word(folder):
     write_run(folder, 'content', 3, 60.0, precision='bfloat16', attention='fused')
     assert ('the runs of seed 3 were computed in different ways (bfloat16 with fused attention, bfloat16 with plain '
             'attention). ') in tables(folder)
+
+
+def copied(images, monkeypatch):
+    """Gives `study_table` a set of 20 training, 5 validation and 15 test images; the labels of the latter."""
+    target = Target('class', ('cat', 'dog'))
+    parts = [ImageSet(part, torch.arange(len(part)) % 2, target) for part in (images[:20], images[20:25], images[25:])]
+    splits = Splits('cifar10', *parts, 'none')
+    monkeypatch.setattr(study_table, 'load_target', lambda name, data_dir: splits)
+    return splits, parts[2].targets.tolist()
+
+
+def test_the_accuracy_without_copies_leaves_out_near_ones_too(tmp_path, monkeypatch):
+    images = np.random.default_rng(0).integers(1, 255, (40, 32, 32, 3), dtype=np.uint8)
+    images[30], images[31] = images[5], images[6] + 1  # test images 5 and 6
+    _, labels = copied(images, monkeypatch)
+    wrong = [(label, 1 - label if i == 6 else label) for i, label in enumerate(labels)]
+    write_run(tmp_path, 'plain', 0, 100 * 14 / 15, images='all', predictions=wrong)
+    assert 'training images | plain | 1.0 | 2.0 | 93.33 | 100.00 |' in tables(tmp_path, duplicates=True)
+
+
+def test_copies_are_looked_for_among_the_training_images_of_each_seed(tmp_path, monkeypatch):
+    images = np.random.default_rng(0).integers(0, 256, (40, 32, 32, 3), dtype=np.uint8)
+    splits, labels = copied(images, monkeypatch)
+    first, second = ({image.tobytes() for image in fewer_images(splits, 4, seed).train.images} for seed in (0, 1))
+    shown = next(i for i in range(20) if images[i].tobytes() in second - first)  # to seed 1 alone
+    images[30] = images[shown]
+    for seed in (0, 1):
+        write_run(tmp_path, 'plain', seed, 60.0, images='4', predictions=[(label, label) for label in labels])
+    assert 'training images | plain | 0.5 | 0.5 | 60.00 ± 0.00 | 100.00 ± 0.00 |' in tables(tmp_path, duplicates=True)
+
+
+@pytest.mark.parametrize('column', ['model', 'target', 'train_images'])
+def test_a_run_of_another_setting_is_in_its_own_table_alone(folder, column):
+    rows = read_rows(folder / 'results.csv')
+    other = {'model': 'resnet18', 'target': 'cifar100', 'train_images': '5000'}[column]
+    write_rows(folder / 'results.csv', [*rows, *(
+        {**row, 'key': f'other_{row["key"]}', 'test': 1.0, column: other}
+        for row in rows if row['arm'] in ('plain', 'init') and row['seed'] == '0')], COLUMNS)
+    one, two = read_settings(folder)
+    assert {arm: [float(row['test']) for row in runs.values()] for arm, runs in one.arms.items()} == {
+        arm: list(tests) for arm, tests in TESTS.items()}
+    assert {arm: [float(row['test']) for row in runs.values()] for arm, runs in two.arms.items()} == {
+        'plain': [1.0], 'init': [1.0]}

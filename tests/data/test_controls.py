@@ -144,3 +144,13 @@ def test_both_loaders_turn_oblong_pictures_alike(size, tmp_path):
 def test_rotated_pictures_are_square():
     with pytest.raises(DataError, match=r'Rotated pictures must be square, got 8x16\. Use a square size'):
         predict_rotation(splits(LABELS), seed=0).train.pixels((8, 16))
+
+
+def test_rotations_are_drawn_by_the_seed_in_every_part():
+    whole, parts = splits(LABELS), ('train', 'validation', 'test')
+    one, again, other = ([getattr(predict_rotation(whole, seed), part) for part in parts] for seed in (0, 0, 1))
+    for turned, same, another in zip(one, again, other, strict=True):
+        assert len(turned.target) == 4
+        assert np.bincount(turned.targets.numpy()).tolist() == [25] * 4
+        assert torch.equal(turned.targets, same.targets)
+        assert not torch.equal(turned.targets, another.targets)

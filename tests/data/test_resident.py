@@ -117,6 +117,11 @@ def test_epochs_are_reproducible_and_differ():
     assert torch.equal(torch.get_rng_state(), state)  # what the training draws does not depend on the loader
 
 
+def test_no_epoch_of_a_seed_is_one_of_another():
+    orders = [tuple(whole(load(**FULL, seed=seed), number)[1].tolist()) for seed in range(4) for number in range(4)]
+    assert len(set(orders)) == len(orders)
+
+
 @pytest.mark.parametrize('first_batch', [0, 1, 3, 5])
 def test_a_resumed_epoch_goes_on_with_the_batches_of_the_unbroken_one(first_batch):
     loader = load(**FULL)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -64,6 +66,21 @@ def test_transform_and_vector_targets():
     assert target.tolist() == [0.25, 0.75]
 
 
+def test_all_unreadable_pictures_are_named_at_once(tmp_path):
+    paths = [tmp_path / f'{i}.png' for i in range(12)]
+    Image.new('RGB', (4, 4)).save(paths[1])
+    data = ImageSet(paths[:4], torch.zeros(4, dtype=torch.long), Target('class', ('a',)))
+    with pytest.raises(DataError) as caught:
+        data.pixels((2, 2))
+    assert str(caught.value) == (f'{paths[0]}: the image is missing. Restore it. Nor can 2 more be read: {paths[2]}, '
+                                 f'{paths[3]}.')
+    with pytest.raises(DataError, match=r'Nor can 10 more be read: .*10\.png, \.\.\.$'):
+        ImageSet(paths, torch.zeros(12, dtype=torch.long), Target('class', ('a',))).pixels((2, 2))
+    paths[0].write_text('')
+    with pytest.raises(DataError, match=r'0\.png: not a readable image .*, or remove it\.$'):
+        data.subset([0, 1]).pixels((2, 2))
+
+
 def test_unreadable_pictures_name_the_file(tmp_path):
     with pytest.raises(DataError, match=r'gone\.png: the image is missing\. Restore'):
         read_picture(tmp_path / 'gone.png')
@@ -119,3 +136,18 @@ def test_a_rating_that_does_not_vary_is_no_judge():
         Splits('toy', data, data, data.subset([0, 1]), 'free').check_judges_ratings()
     with pytest.raises(DataError, match=r'^toy: valence is 1 in all of the validation part \(1 image\), and CCC'):
         Splits('toy', data, data.subset([0]), data, 'free').check_judges_ratings()
+
+
+def test_a_digest_changes_with_all_that_a_resumed_run_must_find_again():
+    def digest(files=('a/0.png', 'a/1.png', 'b/2.png'), targets=(0, 0, 1), names=('a', 'b'), kind='class', parts=None):
+        targets = torch.tensor(targets) if kind == 'class' else torch.eye(2)[list(targets)]
+        whole = ImageSet([Path('/data', file) for file in files], targets, Target(kind, names))
+        return Splits('own', *(whole.subset(part) for part in parts or ([0], [1], [2])), 'free').digest()
+
+    changed = {
+        'nothing': digest(), 'a file': digest(files=('a/9.png', 'a/1.png', 'b/2.png')),
+        'a folder': digest(files=('b/0.png', 'a/1.png', 'b/2.png')), 'a label': digest(targets=(1, 0, 1)),
+        'a name': digest(names=('a', 'c')), 'the kind': digest(kind='votes'),
+        'a part': digest(parts=([1], [0], [2])), 'a size': digest(parts=([0, 1], [1], [2]))}
+    assert len(set(changed.values())) == len(changed), changed
+    assert digest(files=('/elsewhere/data/a/0.png', 'a/1.png', 'b/2.png')) == changed['nothing']  # it may have moved

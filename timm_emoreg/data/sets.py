@@ -81,7 +81,8 @@ def read_picture(path: Path, mode: str = 'RGB') -> Image.Image:
     except FileNotFoundError:
         raise ImageError(f'{path}: the image is missing. Restore it.') from None
     except Exception as e:  # damaged bytes make Pillow's decoders raise many types, RuntimeError from AVIF among them
-        raise ImageError(f'{path}: not a readable image ({e}). Put a readable one in its place.') from None
+        raise ImageError(f'{path}: not a readable image ({e}). Put a readable one in its place, or remove it.'
+                         ) from None
 
 
 class ImageSet(Dataset):
@@ -145,15 +146,27 @@ class ImageSet(Dataset):
         """Every image resized to `size` (H, W), bicubic with antialiasing: uint8, shape (N, 3, H, W).
 
         Images that have that size already are not copied: the tensor is then a view of them, and only to be read.
+
+        Raises:
+            ImageError: If files are missing or are no images; it names several.
         """
         if isinstance(self.images, np.ndarray) and self.images.shape[1:] == (*size, 3):
             return torch.from_numpy(self.images).permute(0, 3, 1, 2)
         out = torch.empty(len(self), 3, *size, dtype=torch.uint8)
+        damage: list[ImageError] = []
         for i in range(len(self)):
-            image = self.picture(i)
+            try:
+                image = self.picture(i)
+            except ImageError as e:
+                damage.append(e)
+                continue
             if image.size != size[::-1]:
                 image = image.resize(size[::-1], Image.Resampling.BICUBIC)
             out[i] = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        if damage:
+            more = [str(e).partition(': ')[0] for e in damage[1:]]
+            raise ImageError(f'{damage[0]}' + (f' Nor can {len(more)} more be read: {", ".join(more[:9])}'
+                                               f'{", ..." if len(more) > 9 else "."}' if more else ''))
         return out
 
 

@@ -1,0 +1,97 @@
+"""What train.py makes of its flags: the model, its losses, the optimizer and the sets, without training them."""
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+from timm_emoreg.data import ImageSet, Splits, Target, load_stimuli, load_target
+from timm_emoreg.data.controls import fewer_images, predict_rotation, shuffle_labels
+from timm_emoreg.experience import untrained_experience
+
+ONE = ImageSet([Path('a.png')] * 3, torch.arange(3), Target('class', ('a', 'b', 'c')))
+THREE = Splits('three', ONE, ONE, ONE, 'free')
+
+
+@pytest.fixture
+def parsed(train):
+    """The settings of a command line, of one process."""
+    def call(*argv, model='test_vit'):
+        args = train.parse_args(['--model', model, '--img-size', '32', *map(str, argv)])
+        args.world_size, args.rank, args.distributed, args.whole_batch = 1, 0, False, 64
+        return args
+    return call
+
+
+def test_the_model_and_its_losses_are_those_that_were_asked_for(train, parsed):
+    def build(*flags):
+        args = parsed('--experience', 'none', '--smoothing', 0.3, *flags)
+        model = train.build_model(args, 'emoreg', THREE, untrained_experience())
+        return model, train.build_task(args, 'emoreg', model, THREE, False, torch.device('cpu'), THREE)
+
+    model, task = build('--no-modulation', '--balance', 0.3, '--balanced-in', 'loss', '--drop', 0.25, '--drop-path',
+                        0.5, '--keep-affect', 2)
+    assert (model.modulation, model.balance, model.experience) == (None, 0.3, 'shared')
+    assert model.backbone.head_drop.p == 0.25
+    assert max(getattr(m, 'drop_prob', None) or 0 for m in model.modules()) == 0.5
+    assert (task.balanced_in, task.keep_affect, task.rehearsal, task.criterion.smoothing) == ('loss', 2, 0, 0.3)
+    model, task = build('--separate-experience', '--balance', 'gate')
+    assert (model.experience, model.balance, model.modulation is None) == ('separate', 'gate', False)
+    _, task = build('--rehearsal', 3, '--stimuli', 'emoji')
+    assert (task.balanced_in, task.keep_affect, task.rehearsal) == ('prediction', 0, 3)
+    assert (task.criterion.smoothing, task.affect_criterion.smoothing) == (0.3, 0.3)
+    args = parsed('--task', 'affect', '--smoothing', 0.2)
+    model = train.build_model(args, 'affect', THREE, None)
+    task = train.build_task(args, 'affect', model, THREE, False, torch.device('cpu'), None)
+    assert (model.num_classes, model.num_affect, task.criterion.smoothing) == (0, 3, 0.2)
+
+
+def test_the_optimizer_is_the_one_that_was_asked_for(train, parsed):
+    args = parsed('--experience', 'none', '--opt', 'sgd', '--lr', 0.4, '--momentum', 0.8, '--weight-decay', 0.003,
+                  '--layer-decay', 0.5, '--affect-lr-scale', 0.1, '--min-lr', 0.01)
+    model = train.build_model(args, 'emoreg', THREE, untrained_experience())
+    recipe = train.recipe_of(args, 'emoreg', model)
+    optimizer, scheduler = train.optimizer_of(args, 'emoreg', model, recipe, 2, 10)
+    groups = {name: group for name, p in model.named_parameters() for group in optimizer.param_groups
+              if any(q is p for q in group['params'])}
+    assert {group['momentum'] for group in optimizer.param_groups} == {0.8}
+    assert {group['weight_decay'] for group in optimizer.param_groups} == {0.003, 0.0}
+    scale = {name: group.get('lr_scale', 1.0) for name, group in groups.items()}
+    assert (scale['head.weight'], scale['head_affect.weight']) == (1, pytest.approx(0.1))
+    assert scale['backbone.patch_embed.proj.weight'] < scale['backbone.blocks.0.attn.qkv.weight'] < 1
+    rates = []
+    for update in range(21):
+        scheduler.step_update(num_updates=update)
+        rates.append(groups['head.weight']['lr'])
+    assert (rates[0], rates[20]) == pytest.approx((0.4 * 1e-3, 0.4 * 0.01))
+    assert rates.index(max(rates)) == 5  # the end of the warm-up, a quarter of these two epochs
+    kwargs = train.recipe_of(parsed('--opt', 'muon', '--opt-kwargs', 'ns_steps=4'), 'emoreg', model)['opt_kwargs']
+    assert kwargs == {**train.MUON, 'ns_steps': 4}
+
+
+def test_the_stimuli_and_images_are_those_that_were_asked_for(train, parsed):
+    def labels(splits):
+        return [getattr(splits, part).targets.tolist() for part in ('train', 'validation', 'test')]
+
+    emoji = load_stimuli('emoji')
+    for flags, expected in ((('--shuffle-stimuli-labels',), shuffle_labels(emoji, 7)),
+                            (('--stimuli-labels', 'rotation'), predict_rotation(emoji, 7)),
+                            (('--stimuli-labels', 'group'), load_stimuli('emoji', labels='group'))):
+        found = train.stimuli_of(parsed('--stimuli', 'emoji', '--seed', 7, *flags))
+        assert (found.target, labels(found)) == (expected.target, labels(expected))
+    found = train.target_of(parsed('--dataset', 'emoji', '--train-images', 100, '--seed', 7))
+    expected = fewer_images(load_target('emoji'), 100, 7)
+    assert labels(found) == labels(expected)
+    assert all((one == other).all() for one, other in zip(found.train.images, expected.train.images, strict=True))
+
+
+def test_the_weights_of_the_backbone_are_asked_for(train, parsed, monkeypatch):
+    asked = []
+    monkeypatch.setattr(train, 'create_backbone', lambda *_, **kwargs: asked.append(kwargs['pretrained']))
+    monkeypatch.setattr(timm, 'create_model', lambda *_, **kwargs: asked.append(kwargs['pretrained_backbone']))
+    for flags in ((), ('--pretrained-backbone',)):
+        train.build_model(parsed('--task', 'plain', *flags), 'plain', THREE, None)
+        train.build_model(parsed(*flags), 'affect', THREE, None)
+    assert asked == [False, False, True, True]
