@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -9,7 +10,14 @@ from timm.utils import CheckpointSaver
 
 from timm_emoreg import zoo
 from timm_emoreg.checkpoint import CheckpointError
-from timm_emoreg.experience import Experience, find_experience, load_backbone, released_experience
+from timm_emoreg.data import DataError, ImageSet, Splits, Target
+from timm_emoreg.experience import (
+    Experience,
+    find_experience,
+    load_backbone,
+    released_experience,
+    untrained_experience,
+)
 from timm_emoreg.task import AffectTask, EmoRegTask
 from timm_emoreg.weights import WeightError
 
@@ -89,9 +97,9 @@ def test_a_released_weight_by_its_tag(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     model = make('ratings', 2)
     monkeypatch.setattr(zoo, 'WEIGHTS', {
-        'emoreg_tiny.emoji': SimpleNamespace(affect_names=('valence', 'arousal'), target=None, available=True,
+        'emoreg_tiny.emoji': SimpleNamespace(affect_names=('valence', 'arousal'), target=None, at_hand=True,
                                              architecture='emoreg_resnet18', model_args={'small_image': True}),
-        'emoreg_tiny.emoji_ft_cifar10': SimpleNamespace(target='cifar10', available=True)})
+        'emoreg_tiny.emoji_ft_cifar10': SimpleNamespace(target='cifar10', at_hand=True)})
     monkeypatch.setattr(timm, 'create_model',
                         lambda name, pretrained: model if (name, pretrained) == ('emoreg_tiny.emoji', True) else None)
     found = find_experience('emoreg_tiny.emoji')
@@ -99,7 +107,7 @@ def test_a_released_weight_by_its_tag(monkeypatch, tmp_path):
     assert found.names == ('valence', 'arousal')
     assert (found.backbone, found.small_image) == ('resnet18', True)
     assert torch.equal(found.state_dict['head_affect.weight'], model.head_affect.weight)
-    with pytest.raises(CheckpointError, match=r'nor a released weight of stage 1 \(emoreg_tiny\.emoji\)\.'):
+    with pytest.raises(CheckpointError, match=r'weight of stage 1 \(emoreg_tiny\.emoji\)\. Did you mean emoreg_'):
         find_experience('emoreg_tiny.ferplus')
     with pytest.raises(CheckpointError, match=r'_ft_cifar10: the result of stage 2, which knows its target already; '
                                               r'give one of stage 1 \(emoreg_tiny\.emoji\)\.'):
@@ -140,7 +148,8 @@ def test_released_experience_is_of_the_same_architecture_form_and_size():
     ({'backbone': 'test_vit'}, 'test_resnet', {}, 'is of the backbone test_vit, and this run has test_resnet'),
     ({'backbone': 'vit_small_patch16_224.dino'}, 'vit_small_patch16_224', {}, 'saw images normalised by mean and sd'),
     ({'backbone': 'resnet18.a1_in1k'}, 'resnet18.tv_in1k', {}, None),  # these name weights only
-    ({'small_image': True}, 'test_resnet', {}, 'was trained with --small-image, and this run has --no-small-image'),
+    ({'small_image': True}, 'test_resnet', {}, 'was trained with --small-image, and this run has --no-small-image, '
+     'given or by the size of its images. For images of up to 64 px that is the usual one: give --img-size 32, say.'),
     ({'model_kwargs': {'act_layer': 'gelu'}}, 'test_resnet', {},
      'was trained with the --model-kwargs {"act_layer": "gelu"}, and this run has {}'),
     ({'model_kwargs': {'channels': (8, 8), 'patch_drop_rate': 0.5}}, 'test_resnet', {'channels': [8, 8]}, None),
@@ -159,3 +168,23 @@ def test_stage_2_has_the_form_of_stage_1(known, model, kwargs, message):
 def test_what_stage_1_was_built_with_is_known_of_runs_and_weights(trained_run):
     assert find_experience(str(trained_run)).model_kwargs == {}
     assert find_experience('emoreg_resnet18.emoji').model_kwargs == {}
+
+
+def test_an_untrained_response_has_the_form_of_the_one_that_it_stands_for():
+    found = untrained_experience(Target('ratings', ('valence', 'arousal')))
+    assert (found.affect_kind, found.num_affect, found.names) == ('ratings', 2, ('valence', 'arousal'))
+    assert (found.source, found.state_dict) == ('none', {})
+    usual = untrained_experience()
+    assert (usual.affect_kind, usual.num_affect, usual.names) == ('emotion', 8, ())
+
+
+@pytest.mark.parametrize('names', [('fear', 'joy'), ('joy', 'anger'), ('joy', 'fear', 'anger')])
+def test_only_stimuli_with_the_labels_of_stage_1_are_rehearsed(names):
+    def stimuli(names):
+        part = ImageSet(np.zeros((1, 2, 2), np.uint8), torch.zeros(1, dtype=torch.long), Target('class', names))
+        return Splits('toy', part, part, part, 'free')
+
+    experience = Experience('here', {}, 'emotion', 2, ('joy', 'fear'))
+    experience.check_stimuli(stimuli(('joy', 'fear')))
+    with pytest.raises(DataError, match=f'here answers with joy, fear, and the labels of toy are {", ".join(names)}'):
+        experience.check_stimuli(stimuli(names))

@@ -283,6 +283,25 @@ def test_a_default_may_be_spelled_out(run, stage_2, home):
         build(STAGE_2, [stage_2(seed=1, recipe={**recipe, 'lr': 0.03})], [plain], home=home)
 
 
+def test_the_averaged_weights_are_released_where_there_are_some(run, home):
+    result = run()
+    checkpoint = result.with_name('model_best.pth.tar')
+    state = torch.load(checkpoint)
+    averaged = {k: v + 1 if v.is_floating_point() else v for k, v in state['state_dict'].items()}
+    torch.save({**state, 'state_dict_ema': averaged}, checkpoint)
+    build(NAME, [result], home=home, commit=COMMIT)
+    loaded = load_file(home / 'hub_cards' / NAME / HUB_FILE)
+    assert all(torch.equal(loaded[k], v.half() if v.is_floating_point() else v) for k, v in averaged.items())
+
+
+def test_a_part_of_the_training_images_is_another_recipe(run, stage_2, home):
+    part = ['--train-images', '100']
+    with pytest.raises(HubError, match=r'another recipe .*: train_images 100 \(there None\)\. Only seeds may differ'):
+        build(STAGE_2, [stage_2(), stage_2(seed=1, more=part)], home=home)
+    with pytest.raises(HubError, match=r'not the plain baseline of the same recipe .*: train_images 100 \(there None'):
+        build(STAGE_2, [stage_2(seed=2)], [run('plain', more=part)], home=home)
+
+
 def test_the_released_run_says_its_commit(run, home):
     first, best = ({'commit': letter * 40} for letter in 'cd')
     results = [run(seed=1, validation=0.5, noted=first), run(seed=2, validation=0.6, noted=best)]
@@ -314,6 +333,11 @@ def test_stage_2_from_a_path_needs_the_released_weights(run, stage_2, built, hom
     assert build(STAGE_2, [result], home=home, commit=COMMIT, experience=str(same)).base == NAME
     build(NAME, [other], home=home, commit=COMMIT)
     assert build(STAGE_2, [result], home=home, commit=COMMIT).base == NAME
+
+
+def test_stage_2_on_pictures_of_ones_own(stage_2, home):
+    with pytest.raises(HubError, match=r"its target '/my/pictures' is your own, .* For a weight of yours see timm"):
+        build(STAGE_2, [stage_2(noted={'dataset': '/my/pictures'})], home=home, commit=COMMIT)
 
 
 def test_stage_2_before_its_stage_1(run, home):

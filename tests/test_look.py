@@ -237,7 +237,7 @@ def test_a_model_of_other_classes_is_refused(tmp_path, classifier, capsys):
     (['--model', WEIGHT], 'Give either images, or --dataset with the name of one set.'),
     (['PICTURE', '--dataset', 'emoji', '--model', WEIGHT], 'Give either images, or --dataset'),
     (['nowhere.png', '--model', WEIGHT], 'nowhere.png: there is no such image. Correct the path.'),
-    (['FOLDER', '--model', WEIGHT], 'there is no such image'),
+    (['FOLDER', '--model', WEIGHT], 'is a folder. Give its images, or a set with a folder a class by --dataset.'),
     (['TEXT', '--model', WEIGHT], 'notes.txt: is not an image that can be read.'),
     (['PICTURE', '--model', 'emoreg_vit_tiny.emojy'], "Did you mean 'emoreg_vit_tiny.emoji'?"),
     (['PICTURE', '--model', 'resnet18'], 'resnet18 has no affect response'),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from timm_emoreg.data import ImageSet, Splits, Target
+from timm_emoreg.data import DataError, ImageSet, Splits, Target
 from timm_emoreg.settings import batch_of_a_step
 
 
@@ -48,11 +48,13 @@ from timm_emoreg.settings import batch_of_a_step
     (('--start-img-size', '4'), '--start-img-size 4: expected 8 to 32, the --img-size'),
     (('--model', 'emoreg_vit_tiny', '--start-img-size', '16'), 'vit_tiny_patch16_224 takes images of one size only'),
     (('--balance', 'half'), "--balance half: expected a number in [0, 1], 'learned' or 'gate'"),
-    (('--model', 'resnet_18'), '--model resnet_18: unknown'),
-    (('--resume', 'nowhere'), 'holds no args.json'),
+    (('--model', 'resnet_18'), "emoreg_* are this package's. Did you mean resnet18?"),
+    (('--model', 'zzz'), "--model zzz: unknown. timm.list_models() names all, emoreg_* are this package's."),
+    (('--resume', 'nowhere'), 'no output folder of this script. Give that of a run, such as output/RUN.'),
     (('--experience', ''), '--experience: is empty. Give a value, or leave it out'),
     (('--data-dir', ''), '--data-dir: is empty'),
     (('--model', 'emoreg'), '--model emoreg: wraps a backbone. Give the name of that, such as --model convnext_atto'),
+    (('--model', 'emoreg', '--model-kwargs', 'backbone=test_vit'), 'Give the name of that, such as --model test_vit.'),
     (('--seed', '4294967296'), '--seed 4294967296: expected a number below 2147483648'),
     (('--model-ema-decay', '2'), '--model-ema-decay: expected a number from 0 to below 1, got 2'),
     (('--model-kwargs', 'drop_rate=0.5'), '--model-kwargs drop_rate=0.5: use --drop instead'),
@@ -108,3 +110,28 @@ def test_the_usual_batch_is_none_that_a_small_set_cannot_fill(images, shares, ba
 
     args = argparse.Namespace(batch_size=None, world_size=shares[0], grad_accum_steps=shares[1], mixup=0, cutmix=0)
     assert batch_of_a_step(args, 'emoreg', *map(splits, images)) == batch
+
+
+@pytest.mark.parametrize(('argv', 'size', 'small_image'), [
+    ((), 32, True), (('--dataset', 'cifar100', '--img-size', '48'), 48, True), (('--img-size', '64'), 64, True),
+    (('--img-size', '72'), 72, False), (('--no-small-image',), 32, False), (('--dataset', 'own'), 224, False),
+    (('--task', 'affect'), 32, True), (('--task', 'affect', '--stimuli', 'oasis+nemo'), 32, True),
+    (('--task', 'affect', '--stimuli', 'emoji+own'), 224, False), (('--stimuli', 'own'), 32, True),
+    (('--model', 'test_convnext'), 32, False),
+])
+def test_size_and_form_follow_from_the_set_and_the_backbone(train, argv, size, small_image):
+    args = train.parse_args(['--model', 'test_resnet', *argv])
+    assert (args.img_size, args.small_image) == (size, small_image)
+
+
+def test_rated_stimuli_of_a_rehearsal_need_two_a_step():
+    def splits(target, targets):
+        part = ImageSet(np.zeros((9, 1, 1, 3), np.uint8), targets, target)
+        return Splits('toy', part, part, part, 'free')
+
+    images = splits(Target('class', ('a', 'b')), torch.zeros(9, dtype=torch.long))
+    stimuli = splits(Target('ratings', ('valence',)), torch.zeros(9, 1))
+    args = argparse.Namespace(batch_size=1, world_size=1, grad_accum_steps=1, mixup=0, cutmix=0)
+    assert batch_of_a_step(args, 'emoreg', images) == 1
+    with pytest.raises(DataError, match='1 - CCC needs 2 images or more a step, --batch-size 1 gives 1'):
+        batch_of_a_step(args, 'emoreg', images, stimuli)

@@ -223,8 +223,8 @@ def test_time_left_is_that_of_like_runs(run, tmp_path, monkeypatch):
     (('--train-images', '1e3'), "--train-images 1e3: expected a number of images, or 'all'."),
     (('--jobs', '0'), '--jobs 0: expected 1 or more'),
     (('--affect-epochs', '0'), '--affect-epochs 0: expected 1 or more'),
-    (('--stimuli', __file__), '--rating-scale None: a csv needs both of these, and nothing else has them'),
-    (('--rating-columns', 'joy', '--rating-scale', '1', '7'), '--stimuli emoji, --rating-columns [\'joy\'], --rating'),
+    (('--stimuli', __file__), '.py: a csv needs both --rating-columns and --rating-scale, and nothing else has them'),
+    (('--rating-columns', 'joy', '--rating-scale', '1', '7'), '--stimuli emoji: a csv needs both --rating-columns and'),
     (('--affect-flags', '--lr 1 --seed 3'), '--seed: is set by the study'),
     (('--train-script', 'nowhere.py'), 'nowhere.py: there is no training script'),
     (('--', '--epochs=3'), '--epochs=3: is set by the study'),
@@ -239,6 +239,13 @@ def test_what_does_not_fit_is_refused(run, tmp_path, argv, message):
     assert status == 2
     assert message in err
     assert not (tmp_path / 's').exists()
+
+
+def test_flags_of_train_py_go_after_two_dashes(run, capsys):
+    with pytest.raises(SystemExit):
+        run('--img-size', 32)
+    assert 'unrecognized arguments: --img-size 32. Flags of train.py go after --: -- --img-size 32' in (
+        capsys.readouterr().err)
 
 
 def test_a_set_that_is_not_there_ends_no_run_of_another(run, tmp_path, monkeypatch):
@@ -307,6 +314,28 @@ def test_a_set_of_ones_own_may_be_named_in_other_words_but_must_not_change(run, 
                              'Restore it as it was, or give another --output.\n')
     (pictures / 'sky/new.png').unlink()
     assert run(*both, '--arms', 'init')[0] == 0
+
+
+def test_a_set_that_no_run_could_use_may_be_mended(run, tmp_path, pictures, monkeypatch):
+    """One broken picture of the target must not cost the stage 1 that had ended before."""
+    command, key = ('--targets', pictures, '--seeds', 0, '--arms', 'init'), 'test_resnet_emoji_pictures_1000_init_s0'
+    monkeypatch.setenv('FAKE_FAIL', key)
+    assert run(*command)[0] == 1
+    shutil.rmtree(tmp_path / 's/runs' / key)  # as train.py leaves it where nothing was trained
+    monkeypatch.delenv('FAKE_FAIL')
+    (pictures / 'sky/1.png').unlink()
+    status, out, err = run(*command)
+    assert (status, '1 runs to do, 1 finished before' in out) == (0, True), err
+    (pictures / 'sky/2.png').unlink()
+    assert 'holds other images, labels or parts than' in run(*command, '--seeds', 1)[2]
+
+
+def test_stimuli_of_ones_own_must_not_change(run, tmp_path, pictures):
+    both = ('--stimuli', pictures, '--seeds', 0, '--arms')
+    assert run(*both, 'regulated')[0] == 0
+    shutil.copyfile(pictures / 'sky/1.png', pictures / 'sky/new.png')
+    status, _, err = run(*both, 'regulated', 'init')
+    assert (status, err.startswith(f'study: {pictures}: holds other images, labels or parts than ')) == (2, True), err
 
 
 def test_runs_that_would_be_compared_have_one_recipe(run, tmp_path):

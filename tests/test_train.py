@@ -2,6 +2,7 @@
 import argparse
 import contextlib
 import csv
+import inspect
 import json
 import os
 import re
@@ -17,6 +18,7 @@ from PIL import Image
 
 from timm_emoreg.attention import fused_attentions
 from timm_emoreg.data import load_target
+from timm_emoreg.data.resident import EpochLoader
 
 SCRIPT = Path(__file__).parents[1] / 'train.py'
 
@@ -43,6 +45,20 @@ def run(train, tmp_path, monkeypatch, capsys):
         out, err = capsys.readouterr()
         return status, [json.loads(line) for line in out.splitlines() if line.startswith('{')], err
     return call
+
+
+@pytest.fixture
+def watched(train, monkeypatch):
+    """The arguments by name of each call of a function of train.py."""
+    def watch(name):
+        plain, calls = getattr(train, name), []
+
+        def call(*args, **kwargs):
+            calls.append(inspect.signature(plain).bind(*args, **kwargs).arguments)
+            return plain(*args, **kwargs)
+        monkeypatch.setattr(train, name, call)
+        return calls
+    return watch
 
 
 def rows(path: Path) -> list[dict]:
@@ -284,6 +300,14 @@ def test_a_run_without_checkpoint_is_not_removed_when_it_is_resumed(run, train, 
     status, _, err = run('--resume', tmp_path / 'run')
     assert (status, err.startswith('train.py: --model test_resnet cannot be built so: no. Change')) == (2, True)
     assert (tmp_path / 'run/notes.txt').read_text() == 'mine'
+
+
+@pytest.mark.parametrize('given', ['plain', 'plain/last.pth.tar'])
+def test_a_checkpoint_to_resume_is_answered_with_its_run(run, tmp_path, folder, capsys, given):
+    assert run('--task', 'plain', '--dataset', folder, '--epochs', 1)[0] == 0
+    with pytest.raises(SystemExit):
+        run('--resume', tmp_path / 'run' / given)
+    assert f'is no output folder of this script. Give {tmp_path}/run.' in capsys.readouterr().err
 
 
 def test_a_moved_run_is_resumed_where_it_lies_now(run, train, tmp_path, folder, monkeypatch):
@@ -645,3 +669,88 @@ def test_predictions_are_those_that_were_counted(train):
                              predictions)
     assert metrics['top1'] == 100
     assert all(right == predicted for right, predicted in predictions)
+
+
+def test_the_validation_part_chooses_the_epoch_and_the_test_part_is_seen_once(run, train, tmp_path, folder,
+                                                                              monkeypatch):
+    parts, evaluate, seen, told = load_target(str(folder)), train.evaluate, [], [50.0, 90.0, 70.0, 60.0]
+
+    def judge(task, loader, *args):
+        part = [name for name in ('train', 'validation', 'test')
+                if torch.equal(loader.pixels.permute(0, 3, 1, 2), getattr(parts, name).pixels((32, 32)))]
+        seen.append((part, {k: v.clone() for k, v in task.get_eval_model().state_dict().items()}))
+        return {**evaluate(task, loader, *args), 'top1': told[len(seen) - 1]}
+
+    monkeypatch.setattr(train, 'evaluate', judge)
+    status, (result,), _ = run('--task', 'plain', '--dataset', folder, '--epochs', 3)
+    assert status == 0
+    assert [part for part, _ in seen] == [['validation']] * 3 + [['test']]
+    assert (result['best_epoch'], result['validation'], result['test']['top1']) == (2, 90.0, 60.0)
+    best, last, shown = (state for _, state in seen[1:])
+    assert all(torch.equal(shown[k], v) for k, v in best.items())
+    assert any(not torch.equal(shown[k], v) for k, v in last.items())
+
+
+def test_steps_that_share_a_batch_train_as_the_whole_one(run, tmp_path, folder):
+    flags = ('--task', 'plain', '--dataset', folder, '--epochs', 2, '--no-aug', '--opt', 'sgd')
+    found = []
+    for steps in (1, 2):  # of a net without batch norm
+        assert run(*flags, '--grad-accum-steps', steps, name=str(steps), model='test_vit')[0] == 0
+        found.append([[float(row[k]) for k in ('train_loss', 'eval_loss', 'lr')]
+                      for row in rows(tmp_path / str(steps) / 'plain/summary.csv')])
+    assert found[0][0] != pytest.approx(found[0][1], rel=1e-3)
+    for one, two in zip(*found, strict=True):
+        assert two == pytest.approx(one, rel=1e-4)
+
+
+def test_no_two_steps_draw_the_same(run, train, folder, monkeypatch):
+    plain, seeds, epochs, choose = train.random_seed, [], [], EpochLoader.set_epoch
+    monkeypatch.setattr(train, 'random_seed', lambda seed, *rank: seeds.append(seed) or plain(seed, *rank))
+    monkeypatch.setattr(EpochLoader, 'set_epoch', lambda self, epoch, first_batch=0: epochs.append(epoch) or choose(
+        self, epoch, first_batch))
+    assert run('--task', 'plain', '--dataset', folder, '--epochs', 3, '--seed', 7)[0] == 0
+    assert len(seeds) == len(set(seeds)) == 1 + 3 * 6
+    assert seeds[0] == 7  # of the initial weights
+    assert epochs == [0, 1, 2]  # of which order, crops and flips are drawn
+
+
+def test_averaged_weights_follow_by_the_decay_that_was_asked_for(run, train, tmp_path, folder):
+    flags = ('--task', 'plain', '--dataset', folder, '--epochs', 1, '--model-ema', '--model-ema-decay', 0)
+    assert run(*flags)[0] == 0  # at 0 they are those of the moment
+    state = train.load_training_checkpoint(tmp_path / 'run/plain/last.pth.tar')
+    weights = [k for k in state['state_dict'] if k.endswith('weight')]
+    assert len(weights) > 10
+    assert all(torch.allclose(state['state_dict_ema'][k], state['state_dict'][k], atol=1e-6) for k in weights)
+
+
+def test_what_the_images_are_shown_with(run, folder, watched):
+    loaders, mixups, clips = watched('make_loader'), watched('Mixup'), watched('dispatch_clip_grad')
+    shrunk = watched('ProgressiveLoader')
+    flags = ('--stimuli', folder, '--dataset', folder, '--epochs', 1, '--hflip', 'alternate', '--seed', 7)
+    assert run(*flags, '--stimuli-labels', 'rotation', '--cutout', 5, '--mixup', 0.5, '--cutmix', 0.25, '--smoothing',
+               0.3, '--start-img-size', 16, '--clip-grad', 0.7, '--clip-mode', 'value')[0] == 0
+    assert [call['training'] for call in loaders] == [True, False, False] * 2
+    # a mirrored picture on its side looks like one that lies on the other
+    assert [call['flip'] for call in loaders] == ['none'] * 3 + ['alternate'] * 3
+    assert all((call['cutout'], call['seed'], call['augment']) == (5, 7, True) for call in loaders)
+    assert [list(call.values())[1:] for call in shrunk] == [[16, 1]] * 2
+    mixup, = mixups  # none in stage 1
+    assert (mixup['mixup_alpha'], mixup['cutmix_alpha'], mixup['label_smoothing'], mixup['num_classes']) == (
+        0.5, 0.25, 0.3, 3)
+    assert {(call['value'], call['mode']) for call in clips} == {(0.7, 'value')}
+    loaders.clear()
+    assert run('--task', 'plain', '--dataset', folder, '--epochs', 1, '--no-aug', name='plain')[0] == 0
+    assert [call['augment'] for call in loaders] == [False] * 3
+
+
+def test_stage_1_has_epochs_of_its_own(run, folder):
+    _, results, _ = run('--stimuli', folder, '--dataset', folder, '--epochs', 1, '--affect-epochs', 2)
+    assert [result['epochs'] for result in results] == [2, 1]
+
+
+def test_stage_2_of_a_registered_model_starts_from_the_released_stage_1(run, train, folder, monkeypatch):
+    started = []
+    monkeypatch.setattr(train, 'run_stage', lambda args, task, splits, device, experience=None, stimuli=None:
+                        started.append((task, experience and experience.source)) or {})
+    assert run('--dataset', folder, model='emoreg_resnet18')[0] == 0
+    assert started == [('emoreg', 'emoreg_resnet18.emoji')]

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import copy
+import difflib
 import inspect
 import json
 import os
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from . import BACKBONES, EmoReg, zoo
 from .checkpoint import CheckpointError, load_training_checkpoint
 from .data import DataError, Splits, Target
+from .small_image import DEFAULT_SIZE, LARGEST_SIZE
 from .weights import WeightError
 
 __all__ = ['Experience', 'find_experience', 'load_backbone', 'of_the_form', 'released_experience',
@@ -70,8 +72,10 @@ class Experience:
                                       f'and {backbone} sees them by {ours}. Use the same --model in both stages.')
         if self.small_image not in (None, small_image):
             forms = [f'--{"" if small else "no-"}small-image' for small in (self.small_image, small_image)]
+            remedy = (f'For images of up to {LARGEST_SIZE} px that is the usual one: give --img-size {DEFAULT_SIZE}, '
+                      'say' if self.small_image else 'Give the same one in both stages')
             raise CheckpointError(f'{self.source}: was trained with {forms[0]}, and this run has {forms[1]}, given or '
-                                  'by the size of its images. Give the same one in both stages.')
+                                  f'by the size of its images. {remedy}.')
         if self.model_kwargs is not None:
             theirs, ours = (json.dumps(of_the_form(kwargs), sort_keys=True)
                             for kwargs in (self.model_kwargs, model_kwargs))
@@ -139,10 +143,12 @@ def find_experience(where: str) -> Experience:
         return Experience(where, model.state_dict(), model.affect_kind, model.num_affect, weight.affect_names,
                           BACKBONES[weight.architecture], bool(weight.model_args.get('small_image')),
                           model_kwargs={k: v for k, v in weight.model_args.items() if k not in own})
-    known = ', '.join(name for name, weight in zoo.WEIGHTS.items() if weight.target is None and weight.available)
+    known = [name for name, weight in zoo.WEIGHTS.items() if weight.target is None and weight.at_hand]
+    near = difflib.get_close_matches(where, known, n=1)
     what = 'the result of stage 2, which knows its target already; give one of' if weight else (
         'neither a file, nor a folder, nor a released weight of')
-    raise CheckpointError(f'--experience {where[:80]}: {what} stage 1 ({known or "none yet"}).')
+    raise CheckpointError(f'--experience {where[:80]}: {what} stage 1 ({", ".join(known) or "none yet"}).'
+                          + (f' Did you mean {near[0]}?' if near else ''))
 
 
 def released_experience(architecture: str, small_image: bool, img_size: int) -> str | None:

@@ -66,6 +66,8 @@ def _check(args: argparse.Namespace) -> None:
         raise DataError(f'-o {args.output}: there is no folder {args.output.parent}. Make it, or choose another.')
     check_device(args.device)
     for path in args.images:
+        if path.is_dir():
+            raise DataError(f'{path}: is a folder. Give its images, or a set with a folder a class by --dataset.')
         if not path.is_file():
             raise DataError(f'{path}: there is no such image. Correct the path.')
 

@@ -25,7 +25,7 @@ import timm_emoreg
 from .cards import make_card, make_config
 from .checkpoint import load_training_checkpoint
 from .commit import project_commit
-from .data import STIMULI, load_target
+from .data import STIMULI, TARGETS, load_target
 from .experience import find_experience, of_the_form
 from .files import replacing
 from .settings import backbone_args
@@ -122,7 +122,8 @@ class Run:
             self.result = json.loads(path.read_text())
             self.args = json.loads((path.resolve().parents[1] / 'args.json').read_text())
         except (OSError, ValueError) as e:
-            raise HubError(f'{path}: no result of a run of train.py with its args.json one folder up ({e}).') from e
+            raise HubError(f'{path}: no result of a run of train.py with its args.json one folder up ({e}). Give the '
+                           'folder of a stage, such as output/RUN/emoreg.') from e
         self.path = path
         self.checkpoint = path.parent / 'model_best.pth.tar'
 
@@ -414,6 +415,10 @@ def build(name: str, results: list[Path], plain: list[Path] = (), home: Path = R
     best = runs[0]
     if best.result['task'] == 'emoreg':
         origin, target = _origin_of_stage_2(best, experience, place), best.args['dataset']
+        if target not in TARGETS:
+            raise HubError(f'{best.path}: its target {target!r} is your own, and released weights are of one of '
+                           f'{", ".join(TARGETS)}. For a weight of yours see timm.models.save_for_hf in '
+                           'hub_cards/WALK.md.')
     else:
         origin, target = _origin_of_stage_1(best), None
     tag = origin.stimuli + (f'_ft_{target}' if target else '')

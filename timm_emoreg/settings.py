@@ -4,6 +4,7 @@ A wrong setting is refused before anything is trained or written.
 """
 from __future__ import annotations
 
+import difflib
 import json
 from argparse import Namespace
 from collections.abc import Collection, Mapping
@@ -95,7 +96,9 @@ def complete_settings(args: Namespace, given: Collection[str]) -> Namespace:
 
 def _of_saved_run(args: Namespace, given: Collection[str]) -> Namespace:
     if not (args.resume / 'args.json').is_file():
-        raise SettingsError(f'--resume {args.resume}: holds no args.json, so it is no output folder of this script.')
+        above = [folder for folder in args.resume.absolute().parents[:2] if (folder / 'args.json').is_file()]
+        raise SettingsError(f'--resume {args.resume}: holds no args.json, so it is no output folder of this script. '
+                            f'Give {above[0] if above else "that of a run, such as output/RUN"}.')
     if other := sorted({*given} - {'resume', *FREE_ON_RESUME}):
         raise SettingsError(f'{flag(other[0])}: --resume goes on with the settings of the run. Only '
                             f'{", ".join(map(flag, FREE_ON_RESUME))} can be given beside it.')
@@ -141,10 +144,12 @@ def check_tag(model: str) -> None:
 
 def _check_model(args: Namespace) -> None:
     if args.model == 'emoreg':
-        raise SettingsError('--model emoreg: wraps a backbone. Give the name of that, such as --model convnext_atto.')
+        backbone = args.model_kwargs.get('backbone', 'convnext_atto')
+        raise SettingsError(f'--model emoreg: wraps a backbone. Give the name of that, such as --model {backbone}.')
     if not timm.is_model(args.model.split('.')[0]):
+        near = difflib.get_close_matches(args.model.split('.')[0], timm.list_models(), n=1)
         raise SettingsError(f'--model {args.model}: unknown. timm.list_models() names all, emoreg_* are this '
-                            "package's.")
+                            f"package's.{f' Did you mean {near[0]}?' if near else ''}")
     name, dot, _ = args.model.partition('.')
     if dot and name in BACKBONES:
         raise SettingsError(f'--model {args.model}: names a weight. Give --model {name}, and the weight of a stage 1 '
@@ -175,7 +180,7 @@ def _check_stages(args: Namespace, given: Collection[str]) -> None:
                             'it out.')
     if args.task == 'affect' and 'dataset' in given:
         raise SettingsError(f'--dataset {args.dataset}: is for a classification, and --task affect trains on '
-                            '--stimuli. Leave it out.')
+                            '--stimuli. Name the set there, or leave it out.')
     if args.rehearsal and (args.task != 'emoreg' or not args.stimuli):
         raise SettingsError(f'--rehearsal {args.rehearsal} shows --stimuli beside the images of --task emoreg: give '
                             'both.')

@@ -172,9 +172,12 @@ class Study:
                 raise StudyError(f'{run.key} was begun with other flags: "{then or "nothing"}" then, '
                                  f'"{now or "nothing"}" now. Give the same ones, or another --output.')
         self._check_recipes(runs)
+        made = [row for rows in self.rows.values() for row in rows]
+        used = {name for row in made for name in (row['stimuli'], row['target'])}
+        used |= {name for run in runs if self._recorded(run) for name in (run.stimuli, run.target)}
         known = self._known_data()
         for name, digest in digests.items():
-            if known.get(name, digest) != digest:
+            if name in used and known.get(name, digest) != digest:  # what no run has used may still be mended
                 raise StudyError(f'{name}: holds other images, labels or parts than when this study began. Restore it '
                                  'as it was, or give another --output.')
         self.digests = digests
@@ -371,22 +374,26 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog='python -m timm_emoreg.study', description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest='command', required=True)
-    run = commands.add_parser('run', help='train what is not finished; flags of train.py for all runs go after --')
-    run.add_argument('--models', nargs='+', default=['emoreg_resnet18'], help='emoreg_*, or any timm model')
+    run = commands.add_parser('run', help='train what is not finished; flags of train.py for all runs go after --',
+                              epilog='Flags of train.py for all runs go after --, such as: -- --img-size 32')
+    run.add_argument('--models', nargs='+', default=['emoreg_resnet18'],
+                     help='emoreg_*, or any timm model (default: emoreg_resnet18)')
     run.add_argument('--stimuli', nargs='+', default=['emoji'], help=f'{", ".join(STIMULI)}, a folder or csv, '
-                     'or several as one with + between them')
+                     'or several as one with + between them (default: emoji)')
     run.add_argument('--rating-columns', nargs='+', help='rating columns of a csv of stimuli')
     run.add_argument('--rating-scale', nargs=2, type=float, metavar=('LOW', 'HIGH'), help='scale of these ratings')
-    run.add_argument('--targets', nargs='+', default=['cifar10'], help=f'{", ".join(TARGETS)}, or a folder')
-    run.add_argument('--train-images', nargs='+', default=['all'], help="numbers of training images, or 'all'")
+    run.add_argument('--targets', nargs='+', default=['cifar10'],
+                     help=f'{", ".join(TARGETS)}, or a folder (default: cifar10)')
+    run.add_argument('--train-images', nargs='+', default=['all'],
+                     help="numbers of training images, or 'all' (default)")
     run.add_argument('--arms', nargs='+', default=list(ARMS), help='default: the eight above')
-    run.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2, 3, 4])
-    run.add_argument('--epochs', type=int, default=20, help='of stage 2')
+    run.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2, 3, 4], help='default: 0 to 4')
+    run.add_argument('--epochs', type=int, default=20, help='of stage 2 (default: 20)')
     run.add_argument('--affect-epochs', type=int, help='of stage 1 (default: --epochs)')
     run.add_argument('--affect-flags', type=shlex.split, default=[], metavar="'FLAGS'",
                      help="flags of train.py for stage 1 alone; a single one needs '=': --affect-flags=--no-aug")
     run.add_argument('--target-flags', type=shlex.split, default=[], metavar="'FLAGS'", help='the same for stage 2')
-    run.add_argument('--jobs', type=int, default=1, help='runs at a time')
+    run.add_argument('--jobs', type=int, default=1, help='runs at a time (default: 1)')
     run.add_argument('--devices', nargs='+', default=['cpu'], help='of the jobs, in turn: cpu, cuda:0 ...')
     run.add_argument('--threads', type=int, help='CPU threads a run (default: the cores, shared out among the jobs)')
     run.add_argument('--train-script', type=Path, help='default: the train.py beside the package')
@@ -426,8 +433,8 @@ def _check(args: argparse.Namespace) -> None:
                 raise unknown_choice('', what, name, known, 'Or give a folder with a subfolder per class.')
     tables = [name for name in stimuli if os.path.isfile(os.path.expanduser(name))]
     if bool(tables) != bool(args.rating_columns) or bool(tables) != bool(args.rating_scale):
-        raise StudyError(f'--stimuli {" ".join(args.stimuli)}, --rating-columns {args.rating_columns}, --rating-scale '
-                         f'{args.rating_scale}: a csv needs both of these, and nothing else has them.')
+        raise StudyError(f'--stimuli {" ".join(args.stimuli)}: a csv needs both --rating-columns and --rating-scale, '
+                         'and nothing else has them.')
     for images in args.train_images:
         if images != 'all' and not (images.isdecimal() and int(images) > 0):
             raise StudyError(f"--train-images {images}: expected a number of images, or 'all'.")
@@ -494,7 +501,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; 0 if all is well, 1 if a run failed, 2 if something was refused."""
     argv = list(sys.argv[1:] if argv is None else argv)
     own = argv.index('--') if '--' in argv else len(argv)
-    args = _parser().parse_args(argv[:own])
+    parser = _parser()
+    args, unknown = parser.parse_known_args(argv[:own])
+    if unknown:
+        after = f' Flags of train.py go after --: -- {shlex.join(unknown)}' if args.command == 'run' else ''
+        parser.error(f'unrecognized arguments: {shlex.join(unknown)}.{after}')
     args.flags = argv[own + 1:]
     try:
         if args.command == 'run':

@@ -136,6 +136,11 @@ class Weight:
         return self.embedded or self.hub_commit is not None
 
     @property
+    def at_hand(self) -> bool:
+        """Whether it can be had from there, or lies in this checkout of the project."""
+        return self.available or self.waiting_path.is_file()
+
+    @property
     def embedded_path(self) -> Path:
         """Where the file is in the package, if it is embedded."""
         return Path(str(ASSETS / 'weights' / self.file))

@@ -96,8 +96,9 @@ def load_stimuli(name: str, data_dir: str | Path | None = None, labels: str | No
                             'which has one kind of labels. Leave the choice out.')
         if path.is_file():
             if rating_columns is None or rating_scale is None:
-                raise DataError(f'{name}: a csv needs rating_columns, the names of its columns with ratings, '
-                                'and rating_scale, their lowest and highest number. Give both.')
+                raise DataError(f'{name}: a csv needs rating_columns (--rating-columns), the names of its columns with '
+                                'ratings, and rating_scale (--rating-scale), their lowest and highest number. Give '
+                                'both.')
             from .own import load_csv
             return load_csv(path, rating_columns, rating_scale)
     if rating_columns is not None or rating_scale is not None:
