@@ -7,7 +7,7 @@ from PIL import Image
 from test_study_table import write_run, write_runs
 
 from timm_emoreg.marks import between_marks
-from timm_emoreg.statistics import holm
+from timm_emoreg.paired_tests import holm
 from timm_emoreg.study import main
 from timm_emoreg.study_grid import StudyError
 from timm_emoreg.study_summary import draw_summary, make_summary, read_summary

@@ -269,8 +269,8 @@ def batch_of_a_step(args: Namespace, task: str, splits: Splits, stimuli: Splits 
         raise DataError(f'--batch-size {whole_batch}: {args.world_size} processes with {args.grad_accum_steps} '
                         f'accumulation steps each share it out. Use at least {shares}, or a smaller '
                         '--grad-accum-steps.')
-    felt = splits if task == 'affect' else stimuli
-    if felt is not None and felt.target.kind == 'ratings' and batch_size < 2:
+    rated = splits if task == 'affect' else stimuli
+    if rated is not None and rated.target.kind == 'ratings' and batch_size < 2:
         raise DataError(f'1 - CCC needs 2 images or more a step, --batch-size {whole_batch} gives {batch_size} a '
                         f'process and accumulation step. Use at least {2 * shares}.')
     if task != 'affect' and max(args.mixup, args.cutmix) > 0 and batch_size % 2:

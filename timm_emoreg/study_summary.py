@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .drawing import save
-from .statistics import holm
+from .paired_tests import holm
 from .study_grid import StudyError, read_rows
 from .study_plots import STYLES
 from .study_table import Comparison, Setting, compare, controls, interval, markdown, read_settings, spread

@@ -14,7 +14,7 @@ from .data.controls import fewer_images
 from .data.duplicates import NEAR, copies
 from .drawing import short
 from .files import write_text
-from .statistics import Difference, holm, mcnemar, mean_sd, paired_difference
+from .paired_tests import Difference, holm, mcnemar, mean_sd, paired_difference
 from .study_grid import ARMS, StudyError, read_rows, short_name, write_rows
 
 __all__ = ['Comparison', 'Setting', 'compare', 'controls', 'interval', 'make_table', 'markdown', 'read_settings',

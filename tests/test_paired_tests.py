@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from timm_emoreg.statistics import holm, mcnemar, mean_sd, paired_difference
+from timm_emoreg.paired_tests import holm, mcnemar, mean_sd, paired_difference
 
 OURS, THEIRS = [67.3, 68.1, 66.0, 69.2, 67.7], [66.0, 67.9, 66.4, 67.0, 66.1]
 
