@@ -23,9 +23,9 @@ def write(folder, kind, epochs=5):
 
 
 @pytest.mark.parametrize(('kind', 'metric', 'titles', 'losses'), [
-    (PLAIN, 'top1', ['loss', 'validation top1', 'learning rate'], ['training', 'validation']),
-    (AFFECT, 'ccc', ['loss', 'validation ccc', 'learning rate'], ['training', 'validation']),
-    (EMOREG, 'top1', ['loss', 'validation top1', 'balance r', 'learning rate'],
+    (PLAIN, 'top1', ['loss', 'validation top1', 'learning rate, end of epoch'], ['training', 'validation']),
+    (AFFECT, 'ccc', ['loss', 'validation ccc', 'learning rate, end of epoch'], ['training', 'validation']),
+    (EMOREG, 'top1', ['loss', 'validation top1', 'balance r', 'learning rate, end of epoch'],
      ['training', 'non-emotional z', "emotional z'", 'validation']),
 ])
 @pytest.mark.parametrize('epochs', [1, 5])
@@ -47,7 +47,7 @@ def test_what_is_drawn(tmp_path, figures, kind, metric, titles, losses, epochs):
     best = axes[f'validation {metric}'].lines[1]
     assert list(best.get_xdata()) == [1]  # the metric of these runs falls
     assert best.get_label() == f'best: {kind[1][metric]:.4g} in epoch 1'
-    assert axes['learning rate'].get_ylim()[0] == 0
+    assert axes['learning rate, end of epoch'].get_ylim()[0] == 0
     if 'balance r' in axes:
         low, high = axes['balance r'].get_ylim()
         assert low < 0 < 1 < high

@@ -76,7 +76,7 @@ def draw_curves(summary: str | Path, picture: str | Path, metric: str, title: st
                                    fontsize=8)
 
     axis['lr'].plot(epochs, column['lr'], **line)
-    axis['lr'].set_title('learning rate')
+    axis['lr'].set_title('learning rate, end of epoch')
     axis['lr'].set_ylim(bottom=0)
 
     for one in axis.values():
