@@ -97,6 +97,11 @@ def test_files_stay_inside_their_root(table_of, tmp_path):
     for name in ('b.png', 'sub', ''):
         with pytest.raises(DataError, match=rf"t\.csv, line 2: there is no image file '{name}' in .*Restore"):
             table.files([name], root)
+    several = table_of('f\n' + 'x\n' * 13)
+    with pytest.raises(DataError, match=r"line 2: .*'b\.png' in .* the row\. Nor are those of line 4, 14\.$"):
+        several.files(['b.png', 'sub/a.png', 'b.png', *['sub/a.png'] * 9, 'c.png'], root)
+    with pytest.raises(DataError, match=r' Nor are those of line 3, 4, 5, 6, 7, 8, 9, 10, 11, \.\.\.$'):
+        several.files(['b.png'] * 13, root)
     for name in ('a\0.png', 'x' * 5000):
         with pytest.raises(DataError, match=r't\.csv, line 2: .* is not a usable path'):
             table.files([name], root)

@@ -98,10 +98,11 @@ class Table:
             root: The folder no path may leave.
 
         Raises:
-            DataError: If a path is empty or unusable, leaves `root`, or no file is there.
+            DataError: If a path is empty or unusable, leaves `root`, or no file is there; it names the
+                lines of several.
         """
         root = root.resolve()
-        out = []
+        out, missing = [], []
         for i, name in enumerate(names):
             try:
                 path = (root / name).resolve()
@@ -113,9 +114,14 @@ class Table:
                 raise DataError(f'{self.where(i)}: {name[:80]!r} lies outside the folder {root}. '
                                 'Move the image into it and name it relative to that folder.')
             if not present:
-                raise DataError(f'{self.where(i)}: there is no image file {name[:80]!r} in {root}. '
-                                'Restore it or remove the row.')
+                missing.append(i)
             out.append(path)
+        if missing:
+            lines = [str(self.lines[i]) for i in missing[1:]]
+            more = ', ...' if len(lines) > 9 else '.'
+            others = f' Nor are those of line {", ".join(lines[:9])}{more}' if lines else ''
+            raise DataError(f'{self.where(missing[0])}: there is no image file {names[missing[0]][:80]!r} in {root}. '
+                            f'Restore it or remove the row.{others}')
         return out
 
 
