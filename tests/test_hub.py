@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -22,8 +23,9 @@ import timm_emoreg
 from timm_emoreg import emoreg_resnet, emoreg_vit, release, weights, zoo
 from timm_emoreg.card_lint import run_snippets
 from timm_emoreg.emoreg import EmoReg
+from timm_emoreg.finished_runs import ROOT, HubError
 from timm_emoreg.hub import check, main, publish
-from timm_emoreg.release import ROOT, HubError, build
+from timm_emoreg.release import build
 from timm_emoreg.zoo import HUB_FILE, read_records, write_records
 
 NAME = 'emoreg_resnet18.emoji'
@@ -31,8 +33,8 @@ STAGE_2 = 'emoreg_resnet18.emoji_ft_emoji'
 COMMIT = 'a' * 40
 X = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
-spec = release.importlib.util.spec_from_file_location('emoreg_train', ROOT / 'train.py')
-train = release.importlib.util.module_from_spec(spec)
+spec = importlib.util.spec_from_file_location('emoreg_train', ROOT / 'train.py')
+train = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(train)
 
 

@@ -27,8 +27,9 @@ from .card_lint import lint_card, run_snippets
 from .cards import make_card, make_table, rounded_up
 from .checkpoint import CheckpointError
 from .data import DataError
+from .finished_runs import ROOT, HubError
 from .marks import write_between_marks
-from .release import ORGANISATION, ROOT, Home, HubError, build, config_text
+from .release import ORGANISATION, Home, build, config_text
 from .terms import licence_terms
 from .weights import WeightError, check_file, layout_of
 from .zoo import HUB_FILE, Weight, read_records

@@ -2,11 +2,9 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import inspect
 import json
 import os
-import shlex
 import statistics
 import tempfile
 from collections.abc import Iterator
@@ -28,25 +26,15 @@ from .commit import project_commit
 from .data import STIMULI, TARGETS, load_target
 from .experience import find_experience, of_the_form
 from .files import replacing
+from .finished_runs import ROOT, HubError, Run, check_baseline, check_same_recipe, recipe_of, summary_of
 from .settings import backbone_args
 from .study_grid import CONTENT
 from .terms import licence_terms
 from .zoo import HUB_FILE, Weight, read_records, write_records
 
-__all__ = ['ORGANISATION', 'ROOT', 'Home', 'HubError', 'build', 'config_text', 'sha256_of']
+__all__ = ['ORGANISATION', 'Home', 'build', 'config_text', 'sha256_of']
 
-ROOT = Path(timm_emoreg.__file__).resolve().parents[1]
 ORGANISATION = 'timm-emoreg'
-MACHINE = ('output', 'experiment', 'resume', 'data_dir', 'device', 'workers', 'log_interval', 'seed')
-OF_STAGE_1 = ('stimuli', 'stimuli_labels', 'shuffle_stimuli_labels', 'rating_columns', 'rating_scale', 'affect_epochs')
-OF_REGULATION = ('balance', 'balanced_in', 'modulation', 'separate_experience', 'keep_affect', 'rehearsal',
-                 'affect_lr_scale')
-OF_STAGE_2 = ('dataset', 'train_images', *OF_REGULATION, 'mixup', 'cutmix')
-NOT_OF_PLAIN = ('task', 'experience', *OF_STAGE_1, *OF_REGULATION)
-
-
-class HubError(RuntimeError):
-    """Something that must not be built or published; the message says what and why."""
 
 
 class Home:
@@ -111,119 +99,6 @@ def config_text(weight: Weight) -> str:
 def sha256_of(path: Path) -> str:
     """sha256 of a file, in hexadecimal."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-class Run:
-    """One finished stage of train.py: its result, its settings, its best checkpoint."""
-
-    def __init__(self, path: Path):
-        path = path / 'result.json' if path.is_dir() else path
-        try:
-            self.result = json.loads(path.read_text())
-            self.args = json.loads((path.resolve().parents[1] / 'args.json').read_text())
-        except (OSError, ValueError) as e:
-            raise HubError(f'{path}: no result of a run of train.py with its args.json one folder up ({e}). Give the '
-                           'folder of a stage, such as output/RUN/emoreg.') from e
-        self.path = path
-        self.checkpoint = path.parent / 'model_best.pth.tar'
-
-    def settings(self) -> dict[str, Any]:
-        given = {k: v for k, v in self.args.items() if k not in (*MACHINE, 'commit')}
-        return {**given, 'task': self.result['task'], 'experience': self.result.get('experience')}
-
-    def resolved(self) -> dict[str, Any]:
-        """What the settings came to in the run; empty where an older train.py did not note it."""
-        if 'recipe' not in self.result:
-            return {}
-        return {**self.result['recipe'], 'loader': self.result['loader'], 'precision': self.result['precision'],
-                'attention': self.result.get('attention', 'fused')}  # what it was before there was a choice
-
-
-def _settings_of(*command: str) -> dict[str, Any]:
-    """What train.py makes of a command line."""
-    spec = importlib.util.spec_from_file_location('emoreg_train', ROOT / 'train.py')
-    train = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(train)
-    return vars(train.parse_args(list(command)))
-
-
-def _different(one: Run, other: Run, aside: tuple[str, ...] = ()) -> str:
-    """The settings in which a run differs from another one, with both values; empty if there are none."""
-    own = _settings_of()  # an older train.py did as these say without noting it
-    a, b = ({**own, **run.settings()} for run in (one, other))
-    if one.resolved() and other.resolved():
-        a, b = a | one.resolved(), b | other.resolved()
-    return ', '.join(f'{k} {a[k]!r} (there {b[k]!r})' for k in a if k in b and k not in aside and a[k] != b[k])
-
-
-def _same_recipe(runs: list[Run]) -> None:
-    for run in runs[1:]:
-        if other := _different(run, runs[0]):
-            raise HubError(f'{run.path} has another recipe than {runs[0].path}: {other}. Only seeds may differ.')
-    seeds = [run.result['seed'] for run in runs]
-    if len(set(seeds)) < len(seeds):
-        raise HubError(f'Two of the runs have the same seed ({seeds}): they are no independent results.')
-
-
-def _check_baseline(runs: list[Run], best: Run) -> None:
-    """Refuse what a card must not call the plain backbone under the recipe of the weight.
-
-    Raises:
-        HubError: If a run is no plain one, has an experience, or differs in data, architecture or a setting.
-    """
-    model, data = best.result['model'], best.result['data']
-    for run in runs:
-        if (run.result['task'], run.result['model'], run.result['data']) != ('plain', model, data):
-            raise HubError(f'{run.path} is not the plain baseline of {model} on {data}: it is {run.result["task"]} of '
-                           f'{run.result["model"]} on {run.result["data"]}. Give runs of --task plain.')
-        if run.result.get('experience'):
-            raise HubError(f'{run.path} is not the plain baseline: it started from the experience '
-                           f'{run.result["experience"]}. Train it without --experience and --stimuli.')
-        if different := _different(run, best, NOT_OF_PLAIN):
-            raise HubError(f'{run.path} is not the plain baseline of the same recipe as {best.path}: {different}. '
-                           "Train the plain backbone with the weight's flags.")
-
-
-def _summary(runs: list[Run], names: tuple[str, ...]) -> dict[str, dict[str, Any]]:
-    metrics = {}
-    for metric, value in runs[0].result['test'].items():
-        if metric == 'loss' or (len(names) == 1 and metric.endswith(f'_{names[0]}')):
-            continue
-        values = [run.result['test'][metric] for run in runs]
-        metrics[metric] = {'weight': round(value, 4), 'n': len(values), 'mean': round(statistics.mean(values), 4),
-                           'sd': round(statistics.stdev(values), 4) if len(values) > 1 else None}
-    return metrics
-
-
-def _recipe(run: Run, base: str | None) -> str:
-    """The shortest command that gives the run's settings, from train.py's own defaults."""
-    args = dict(run.args, task=run.result['task'], experience=base if run.result['task'] == 'emoreg' else None)
-    rehearsed = args['task'] == 'emoreg' and args.get('rehearsal')
-    if args['experience'] and not rehearsed:
-        args['stimuli'] = None  # stage 1 is named by its result
-    command = ['--model', args['model'], '--task', args['task']]
-    for key in ('stimuli', 'experience'):
-        command += [f'--{key}', args[key]] if args[key] else []
-    if args['task'] != 'affect':
-        command += ['--dataset', args['dataset']]
-    if rehearsed:
-        command += ['--rehearsal', str(rehearsed)]
-    given = _settings_of(*command)
-    if args['task'] == 'affect':
-        aside = OF_STAGE_2
-    else:  # a rehearsal shows the stimuli again; no other setting of stage 1 is left beside its result
-        aside = ('affect_epochs',) if rehearsed else OF_STAGE_1
-    for key, value in args.items():
-        if key in (*MACHINE, *aside) or key not in given or given[key] == value:
-            continue
-        flag = '--' + key.replace('_', '-')
-        if isinstance(value, bool):
-            command.append(flag if value else flag.replace('--', '--no-', 1))
-        elif isinstance(value, dict):
-            command += [flag, *(f'{k}={v}' for k, v in value.items())]
-        elif value is not None:
-            command += [flag, *map(str, value if isinstance(value, list) else [value])]
-    return 'python train.py ' + shlex.join([*command, '--seed', str(run.result['seed'])])
 
 
 class Origin(NamedTuple):
@@ -350,15 +225,15 @@ def _comparable(results: list[Path], plain: list[Path]) -> tuple[list[Run], list
         HubError: If one card cannot speak of all of them.
     """
     runs, others = ([Run(path) for path in paths] for paths in (results, plain))
-    _same_recipe(runs)
+    check_same_recipe(runs)
     if runs[0].result['task'] == 'plain':
         raise HubError(f'{runs[0].path} is a plain backbone: it is the comparison (--plain), not a weight.')
     runs.sort(key=lambda run: -run.result['validation'])
     if runs[0].result['model'] not in timm_emoreg.BACKBONES:
         raise HubError(f'{runs[0].result["model"]} is no registered architecture of this package.')
     if others:
-        _same_recipe(others)
-        _check_baseline(others, runs[0])
+        check_same_recipe(others)
+        check_baseline(others, runs[0])
     _refuse_control(runs[0].args, runs[0].path)
     return runs, others
 
@@ -439,10 +314,10 @@ def build(name: str, results: list[Path], plain: list[Path] = (), home: Path = R
             parameters=tensors.parameters, stimuli=origin.stimuli,
             stimuli_labels=origin.labels, target=target, input_size=input_size, form=best.result['form'],
             affect_names=origin.names, label_names=classes, model_args=form, metric=best.result['metric'],
-            metrics=_summary(runs, origin.names), baseline=_summary(others, origin.names) if others else {},
+            metrics=summary_of(runs, origin.names), baseline=summary_of(others, origin.names) if others else {},
             seeds=[run.result['seed'] for run in runs],
             seconds=round(statistics.mean(run.result['seconds'] for run in runs), 1),
-            hardware=best.result.get('device', 'unknown'), recipe=_recipe(best, origin.base),
+            hardware=best.result.get('device', 'unknown'), recipe=recipe_of(best, origin.base),
             commit=commit or best.args.get('commit') or project_commit(home), licence='', base=origin.base,
             embedded=embed, default=default,
             hub_id=f'{organisation or (known.hub_id.split("/")[0] if known else ORGANISATION)}/{name}',
