@@ -77,7 +77,7 @@ def test_all_unreadable_pictures_are_named_at_once(tmp_path):
     with pytest.raises(DataError, match=r'Nor can 10 more be read: .*10\.png, \.\.\.$'):
         ImageSet(paths, torch.zeros(12, dtype=torch.long), Target('class', ('a',))).pixels((2, 2))
     paths[0].write_text('')
-    with pytest.raises(DataError, match=r'0\.png: not a readable image .*, or remove it\.$'):
+    with pytest.raises(DataError, match=r'0\.png: not a readable image .* Put a readable one in its place\.$'):
         data.subset([0, 1]).pixels((2, 2))
 
 

@@ -81,8 +81,7 @@ def read_picture(path: Path, mode: str = 'RGB') -> Image.Image:
     except FileNotFoundError:
         raise ImageError(f'{path}: the image is missing. Restore it.') from None
     except Exception as e:  # damaged bytes make Pillow's decoders raise many types, RuntimeError from AVIF among them
-        raise ImageError(f'{path}: not a readable image ({e}). Put a readable one in its place, or remove it.'
-                         ) from None
+        raise ImageError(f'{path}: not a readable image ({e}). Put a readable one in its place.') from None
 
 
 class ImageSet(Dataset):
