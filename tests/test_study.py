@@ -407,16 +407,16 @@ def test_no_run_is_left_behind_by_an_error(run, tmp_path, monkeypatch):
         pass
 
 
-def test_the_real_training_script(run, tmp_path, capsys):
+def test_the_real_training_script(run, colours, tmp_path, capsys):
     own = ('--img-size', '32', '-b', '16', '--no-amp')
-    status, out, err = run('--targets', 'emoji', '--train-images', '100', '--epochs', '1', '--arms', 'plain',
-                           'regulated', 'shuffled', '--seeds', 0, '--jobs', 2, '--threads', 1,
+    status, out, err = run('--stimuli', colours, '--targets', colours, '--train-images', '40', '--epochs', '1',
+                           '--arms', 'plain', 'regulated', '--seeds', 0, '--jobs', 2, '--threads', 1,
                            script=Path(__file__).parents[1] / 'train.py', own=own)
     assert (status, err) == (0, ''), out
     assert {row['arm']: row['images'] for row in read_rows(tmp_path / 's/results.csv')} == dict.fromkeys(
-        ('plain', 'regulated', 'shuffled'), '100')
+        ('plain', 'regulated'), '40')
     assert main(['table', '--output', str(tmp_path / 's')]) == 0
     text = capsys.readouterr().out
-    assert '## test_resnet: emoji → emoji, 100 training images' in text
+    assert f'## test_resnet: {colours.name} → {colours.name}, 40 training images' in text
     assert '| regulated minus | n |' in text
     assert {'table.md', 'table.csv', 'forest.png', 'curves.png'} <= set(os.listdir(tmp_path / 's'))
