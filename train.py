@@ -43,7 +43,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import timm_emoreg
-from timm_emoreg.arguments import NamedValues, above, at_least, share, within
+from timm_emoreg.arguments import NamedValues, above, at_least, compiler_backend, share, within
 from timm_emoreg.attention import choose_attention, use_plain_attention
 from timm_emoreg.checkpoint import CheckpointError, load_training_checkpoint, newest_checkpoint, restore_best
 from timm_emoreg.commit import project_commit
@@ -141,7 +141,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument('-b', '--batch-size', type=at_least(1),
                        help='default: 128, for fewer than 10,000 images 64, and no more than there are')
     group.add_argument('--loader', default='auto', choices=('auto', 'resident', 'timm'))
-    group.add_argument('--workers', type=at_least(0), default=2, help="of timm's loader")
+    group.add_argument('-j', '--workers', type=at_least(0), default=2, help="of timm's loader")
     group.add_argument('--no-aug', action='store_true', help='no augmentation at all')
     group.add_argument('--hflip', default='random', choices=('random', 'alternate', 'none'))
     group.add_argument('--cutout', type=at_least(0), default=0, help='side of the cut-out square in pixels')
@@ -184,7 +184,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument('--amp-dtype', default='bfloat16', choices=('bfloat16', 'float16'))
     group.add_argument('--channels-last', action=yes_no, default=True)
     group.add_argument('--grad-checkpointing', action='store_true')
-    group.add_argument('--torchcompile', action='store_true')
+    group.add_argument('--torchcompile', nargs='?', const='inductor', type=compiler_backend, metavar='BACKEND',
+                       help='of torch.compile (default where none is named: inductor)')
     group.add_argument('--sync-bn', action='store_true')
     group.add_argument('--seed', type=at_least(0), default=42)
 
@@ -480,7 +481,7 @@ def run_stage(args, task_name: str, splits, device, experience: Experience | Non
     if args.model_ema:
         task.setup_ema(decay=args.model_ema_decay, use_warmup=True)
     if args.torchcompile:
-        task.compile()
+        task.compile(args.torchcompile)
     if args.distributed:
         task.prepare_distributed(device_ids=[device] if device.type == 'cuda' else None)
 

@@ -16,7 +16,11 @@ def report_graphs(module):
     def backend(graph, inputs):
         graphs.append(graph)
         return aot_eager(graph, inputs)
-    torch.compile = lambda model, **_: compile_(model, backend=backend, fullgraph=True)
+
+    def whole_graph(model, **kwargs):
+        print('asked for', kwargs['backend'])
+        return compile_(model, backend=backend, fullgraph=True)
+    torch.compile = whole_graph
 
     def reporting(name):
         plain = getattr(module, name)
@@ -36,9 +40,10 @@ def report_graphs(module):
 def test_nothing_is_compiled_after_the_first_epoch(tmp_path, model, flags):
     folder = colours(tmp_path / 'colours', 27, 13, 9)  # batches of 8 images, and of 3 (left out), 5 and 1
     status, text = Training('--model', model, '--stimuli', folder, '--dataset', folder, '--img-size', 32, '-b', 8,
-                            '--epochs', 3, '--no-amp', '--device', 'cpu', '--torchcompile', *flags,
+                            '--epochs', 3, '--no-amp', '--device', 'cpu', *flags, '--torchcompile', 'eager',
                             '--output', tmp_path, '--experiment', 'run', prepare=report_graphs).end()
     assert status == 0, text
+    assert text.count('asked for eager') == 2
     counts = [int(count) for count in re.findall(r'^(?:update_summary|draw_curves) (\d+)$', text, re.MULTILINE)]
     assert len(counts) == 8  # three epochs and the end, in both stages
     assert 0 < counts[0] == counts[3] < counts[4] == counts[7]

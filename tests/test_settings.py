@@ -69,6 +69,7 @@ from timm_emoreg.settings import batch_of_a_step
     (('--model-kwargs', 'patch_drop_rate', '0.5'), 'argument --model-kwargs: expected name=value, got patch_drop_rate'),
     (('--model-kwargs', 'features_only=True'), '--model-kwargs features_only=True: gives feature maps, and no classes'),
     (('--model', 'resnet18.foo'), "--model resnet18.foo: resnet18 has no tag 'foo'. Known: a1_in1k, "),
+    (('--torchcompile', 'foo'), 'argument --torchcompile: expected a backend of torch.compile (cudagraphs, inductor, '),
     (('--layer-decay', '5'), '--layer-decay: expected a number above 0, up to 1, got 5'),
     (('--momentum', '3'), '--momentum: expected a number from 0 to below 1, got 3'),
     (('--experiment', '../x'), '--experiment ../x: names a folder in --output, and is no path'),

@@ -67,6 +67,7 @@ def test_the_optimizer_is_the_one_that_was_asked_for(train, parsed):
         rates.append(groups['head.weight']['lr'])
     assert (rates[0], rates[20]) == pytest.approx((0.4 * 1e-3, 0.4 * 0.01))
     assert rates.index(max(rates)) == 5  # the end of the warm-up, a quarter of these two epochs
+    assert (parsed().torchcompile, parsed('--torchcompile').torchcompile) == (None, 'inductor')
     kwargs = train.recipe_of(parsed('--opt', 'muon', '--opt-kwargs', 'ns_steps=4'), 'emoreg', model)['opt_kwargs']
     assert kwargs == {**train.MUON, 'ns_steps': 4}
 

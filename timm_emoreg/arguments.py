@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from timm.utils import ParseKwargs
 
-__all__ = ['NamedValues', 'above', 'at_least', 'share', 'within']
+__all__ = ['NamedValues', 'above', 'at_least', 'compiler_backend', 'share', 'within']
 
 
 class NamedValues(ParseKwargs):
@@ -50,3 +50,13 @@ def within(low: float, high: float) -> Callable[[str], float]:
     """A type for argparse: numbers from `low` to below `high`."""
     return lambda text: _number(text, float, lambda value: low <= value < high,
                                 f'a number from {low:g} to below {high:g}')
+
+
+def compiler_backend(text: str) -> str:
+    """A type for argparse: the backends that torch.compile has here."""
+    from torch.compiler import list_backends  # takes a second: only where one is named
+
+    if text not in list_backends(exclude_tags=()):
+        raise argparse.ArgumentTypeError(f'expected a backend of torch.compile ({", ".join(list_backends())}; eager or '
+                                         f'aot_eager to compile no kernels), got {text[:40]}')
+    return text
