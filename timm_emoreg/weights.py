@@ -376,12 +376,13 @@ def _refuse_misfits(weight: Weight, arguments: dict[str, Any]) -> None:
         raise _mismatch(weight, wrong)
 
 
-def _warn_of_new_heads(name: str, num_classes: int, arguments: dict[str, Any]) -> None:
+def _warn_of_new_heads(name: str, num_classes: int, arguments: dict[str, Any], stacklevel: int = 7) -> None:
+    """`stacklevel` is that of the line which calls ``timm.create_model``: 6 from `create`, one more from below it."""
     overlay = arguments.get('pretrained_cfg_overlay') or {}
     wanted = arguments.get('num_classes', overlay.get('num_classes', num_classes))
     if wanted not in (0, num_classes) and not arguments.get('features_only'):
         warnings.warn(f'{name} has {num_classes or "no"} classes, the model {wanted}: both heads are new and answer at '
-                      'random until they are trained.', NewHeadsWarning, stacklevel=6)
+                      'random until they are trained.', NewHeadsWarning, stacklevel=stacklevel)
 
 
 def _name_of_cfg(variant: str, cfg: Any) -> Any:
@@ -421,7 +422,7 @@ def create(variant: str, backbone: str, pretrained: bool, /, **kwargs: Any) -> n
     if cfg and not isinstance(cfg, str):  # hf-hub:, local-dir:, or the caller's own
         own = cfg if isinstance(cfg, dict) else cfg.to_dict()
         if pretrained and own.get('num_classes') is not None:
-            _warn_of_new_heads(own.get('hf_hub_id') or own.get('file') or variant, own['num_classes'], kwargs)
+            _warn_of_new_heads(own.get('hf_hub_id') or own.get('file') or variant, own['num_classes'], kwargs, 6)
         return create_emoreg(variant, backbone, pretrained, pretrained_cfg=cfg, **kwargs)
     overlay = dict(kwargs.get('pretrained_cfg_overlay') or {})
     own_source = any(overlay.get(key) for key in SOURCES)
@@ -436,24 +437,42 @@ def create(variant: str, backbone: str, pretrained: bool, /, **kwargs: Any) -> n
         kwargs['pretrained_cfg'] = backbone_cfg(backbone, **small_image_cfg(**kwargs))
         return create_emoreg(variant, backbone, pretrained, **kwargs)
 
+    if pretrained and not own_source:
+        return _with_tensors(weight, variant, backbone, overlay, kwargs)
+    return _in_form(weight, variant, backbone, pretrained, overlay, kwargs)
+
+
+def _fill_in(weight: Weight, kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Put the weight's arguments into `kwargs`, where the caller gave none; gives the caller's and those put in."""
     arguments = {name: value for name, value in kwargs.items()
                  if value is not None and name not in ('pretrained_cfg', 'pretrained_cfg_overlay', 'cache_dir')}
     added = {name: value for name, value in weight.model_args.items() if arguments.get(name) is None}
     if arguments.get('small_image') is False:
         added.pop('img_size', None)  # it belonged to the small form
     kwargs |= added
-    if not pretrained or own_source:
-        if pretrained:
-            source = next(key for key in SOURCES if overlay.get(key))
-            _warn_of_new_heads(f'the {source} of the overlay', overlay.get('num_classes', weight.num_classes), kwargs)
-        own_cfg = timm.get_pretrained_cfg(weight.name)
-        if 'small_image' in _differing(weight, arguments):  # another form, of its usual size
-            own_cfg = PretrainedCfg(**backbone_cfg(backbone, **small_image_cfg(**kwargs)))
-        kwargs['pretrained_cfg'] = replace(own_cfg, file=None, hf_hub_id=None, hf_hub_filename=None)
-        model = create_emoreg(variant, backbone, pretrained, **kwargs)
-        update_model_args(model, **added)
-        return model
+    return arguments, added
 
+
+def _in_form(weight: Weight, variant: str, backbone: str, pretrained: bool, overlay: dict[str, Any],
+             kwargs: dict[str, Any]) -> nn.Module:
+    """A model in the weight's form, without its tensors: new ones, or where `pretrained` the overlay's."""
+    arguments, added = _fill_in(weight, kwargs)
+    if pretrained:
+        source = next(key for key in SOURCES if overlay.get(key))
+        _warn_of_new_heads(f'the {source} of the overlay', overlay.get('num_classes', weight.num_classes), kwargs)
+    own_cfg = timm.get_pretrained_cfg(weight.name)
+    if 'small_image' in _differing(weight, arguments):  # another form, of its usual size
+        own_cfg = PretrainedCfg(**backbone_cfg(backbone, **small_image_cfg(**kwargs)))
+    kwargs['pretrained_cfg'] = replace(own_cfg, file=None, hf_hub_id=None, hf_hub_filename=None)
+    model = create_emoreg(variant, backbone, pretrained, **kwargs)
+    update_model_args(model, **added)
+    return model
+
+
+def _with_tensors(weight: Weight, variant: str, backbone: str, overlay: dict[str, Any],
+                  kwargs: dict[str, Any]) -> nn.Module:
+    """A model with the tensors of the weight."""
+    arguments, added = _fill_in(weight, kwargs)
     _refuse_misfits(weight, arguments)
     layout = layout_of(weight, backbone)
     overlay['file'] = str(find_file(weight, layout, kwargs.get('cache_dir')))
@@ -463,7 +482,7 @@ def create(variant: str, backbone: str, pretrained: bool, /, **kwargs: Any) -> n
     kwargs |= {'pretrained_cfg': weight.tag, 'pretrained_cfg_overlay': overlay,
                'pretrained_model_args': weight.model_args, 'pretrained_strict': weight.target is not None}
     try:
-        model = create_emoreg(variant, backbone, pretrained, **kwargs)
+        model = create_emoreg(variant, backbone, True, **kwargs)
     except (RuntimeError, ValueError) as e:
         if not differing or isinstance(e, WeightError):
             raise
