@@ -12,6 +12,7 @@ first unless --experience names its result) trains the regulated classifier. Eve
 has the same name here. Results go to OUTPUT/EXPERIMENT/TASK: checkpoints, summary.csv, curves.png, result.json.
 """
 import argparse
+import gc
 import json
 import math
 import shlex
@@ -65,7 +66,7 @@ from timm_emoreg.experience import (
 from timm_emoreg.files import write_text
 from timm_emoreg.optim import MUON, orthogonalize_in_float32, scale_affect_lr, usual_recipe
 from timm_emoreg.peak_memory import peak_memory_gb
-from timm_emoreg.precision import autocast_in, choose_precision
+from timm_emoreg.precision import autocast_in, choose_precision, emulates_bfloat16
 from timm_emoreg.processes import (
     LaunchError,
     asked_to_stop,
@@ -332,6 +333,12 @@ def heed(number: int, args) -> None:
     received.append(number)
 
 
+def check_finite(task, loss: float, when: str) -> None:
+    """Before a checkpoint is written: the last update, whose loss the training has not seen, must not spoil it."""
+    if not (math.isfinite(loss) and all(p.isfinite().all() for p in task.get_trainable_module().parameters())):
+        raise FloatingPointError(f'weights or loss are not finite {when}')
+
+
 def train_epoch(epoch, first_step, task, loader, optimizer, scheduler, scaler, autocast, mixup, saver, args):
     """One pass over the training set, from batch `first_step` on; gives the mean of each part of the loss."""
     task.train()
@@ -353,12 +360,13 @@ def train_epoch(epoch, first_step, task, loader, optimizer, scheduler, scaler, a
             with autocast():
                 result = task(input, target, *stimuli)
             loss = result['loss'] / accumulate
-            parameters = task.get_clip_parameters(exclude_head=args.clip_mode == 'agc')
+            clip = update and args.clip_grad is not None
+            parameters = task.get_clip_parameters(exclude_head=args.clip_mode == 'agc') if clip else None
             if scaler is not None:
                 scaler(loss, optimizer, args.clip_grad, args.clip_mode, parameters, need_update=update)
             else:
                 loss.backward()
-                if update and args.clip_grad is not None:
+                if clip:
                     dispatch_clip_grad(parameters, args.clip_grad, mode=args.clip_mode)
                 if update:
                     optimizer.step()
@@ -378,6 +386,7 @@ def train_epoch(epoch, first_step, task, loader, optimizer, scheduler, scaler, a
             ask = not args.distributed or task.device.type == 'cpu' or done % args.log_interval == 0
             if step + 1 < updates * accumulate and ask and asked_to_stop(args, received):
                 args.first_step, args.sums = step + 1, mean_over_processes(sums, args)
+                check_finite(task, args.sums['loss'], f'in epoch {epoch + 1}, step {step + 1}')
                 args.seconds = time.perf_counter() - args.start
                 if saver is not None:
                     with writing(saver.recovery_dir):
@@ -456,7 +465,7 @@ def run_stage(args, task_name: str, splits, device, experience: Experience | Non
     """
     out = Path(args.output) / args.experiment / task_name
     if (out / 'result.json').is_file():
-        print(f'{out}: finished already', flush=True)
+        say(args, f'{out}: finished already')
         return read_json(out / 'result.json') | {'checkpoint': str(out / 'model_best.pth.tar')}  # it may have moved
     if is_primary(args):
         with writing(out):
@@ -467,8 +476,10 @@ def run_stage(args, task_name: str, splits, device, experience: Experience | Non
     args.data_digest = [splits.digest(), stimuli.digest() if stimuli else None]
     batch_size = batch_of_a_step(args, task_name, splits, stimuli)
     args.whole_batch = batch_size * args.world_size * args.grad_accum_steps  # where it could not be divided evenly
-    if device.type == 'cuda':
-        torch.cuda.reset_peak_memory_stats(device)  # of the stage before
+    if device.type == 'cuda':  # what the stage before has left: memory that counts as taken, and its peak
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
 
     # model and task
     random_seed(args.seed)
@@ -509,7 +520,7 @@ def run_stage(args, task_name: str, splits, device, experience: Experience | Non
     recipe = recipe_of(args, task_name, model)
     updates = len(train_loader) // args.grad_accum_steps
     optimizer, scheduler = optimizer_of(args, task_name, model, recipe, epochs, updates)
-    if device.type == 'cpu' and precision == 'float32':
+    if (device.type == 'cpu' and precision == 'float32') or emulates_bfloat16(device):
         orthogonalize_in_float32(optimizer)
     autocast = autocast_in(device, precision)
     scaler = NativeScaler(device.type) if precision == 'float16' else None
@@ -551,9 +562,7 @@ def run_stage(args, task_name: str, splits, device, experience: Experience | Non
                 distribute_bn(unwrap_model(one), args.world_size, reduce=True)
         judged = (epoch + 1) % args.val_interval == 0 or epoch + 1 == epochs
         scores = evaluate(task, validation_loader, autocast, args) if judged else {}
-        # the last update of an epoch, whose loss the training never sees, must not spoil the last good checkpoint
-        if not (math.isfinite(scores.get('loss', 0.0)) and all(p.isfinite().all() for p in model.parameters())):
-            raise FloatingPointError(f'weights or validation loss are not finite after epoch {epoch + 1}')
+        check_finite(task, scores.get('loss', 0.0), f'after epoch {epoch + 1}')
         if saver is not None:
             with writing(out):
                 if judged:
@@ -589,7 +598,7 @@ def run_stage(args, task_name: str, splits, device, experience: Experience | Non
         'seconds': round(time.perf_counter() - args.start, 1),
         'peak_memory_gb': round(peak_memory_gb(device), 2), **chosen,
         'device': torch.cuda.get_device_name(device) if device.type == 'cuda' else (
-            f'CPU, {torch.get_num_threads()} threads'),
+            f'CPU, {torch.get_num_threads()} threads' if device.type == 'cpu' else str(device)),
     }
     if is_primary(args):
         write_result(args, out, result, predictions)
@@ -610,7 +619,7 @@ def run(args) -> None:
     folder = Path(args.output) / args.experiment
     # the data first: what is missing there must not leave a folder behind
     target = None if args.task == 'affect' else target_of(args)
-    if args.task == 'emoreg' and not shapes_stage_1(args):
+    if args.task == 'emoreg' and not args.resume and not shapes_stage_1(args):
         args.experience = args.experience or released_experience(args.model, args.small_image, args.img_size)
     stage_1 = not args.experience and (args.task != 'plain' or args.stimuli is not None)
     stimuli = stimuli_of(args) if stage_1 or args.stimuli else None

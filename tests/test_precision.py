@@ -28,9 +28,16 @@ def test_16_bits_where_they_are_asked_for_and_faster(monkeypatch, dtype, faster,
     assert asked == ([] if dtype is None else [(getattr(torch, dtype), CPU)])
 
 
-def test_a_gpu_is_not_probed(monkeypatch):
+@pytest.mark.parametrize(('capability', 'hip', 'asked', 'chosen'), [
+    ((9, 0), None, 'bfloat16', 'bfloat16'), ((8, 0), None, 'bfloat16', 'bfloat16'),
+    ((7, 5), None, 'bfloat16', 'float16'), ((7, 5), None, None, 'float32'),
+    ((9, 0), None, 'float16', 'float16'), ((7, 5), '6.2', 'bfloat16', 'bfloat16'),
+])
+def test_a_gpu_is_not_probed_but_asked_for_bfloat16(monkeypatch, capability, hip, asked, chosen):
     monkeypatch.setattr(precision, 'faster_in', lambda dtype, device: pytest.fail('probed'))
-    assert choose_precision(torch.device('cuda'), 'float16') == 'float16'
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: capability)
+    monkeypatch.setattr(torch.version, 'hip', hip)
+    assert choose_precision(torch.device('cuda'), asked) == chosen
 
 
 @pytest.mark.parametrize('name', ['float32', 'bfloat16', 'float16'])

@@ -310,6 +310,16 @@ def test_a_checkpoint_to_resume_is_answered_with_its_run(run, tmp_path, folder, 
     assert f'is no output folder of this script. Give {tmp_path}/run.' in capsys.readouterr().err
 
 
+def test_a_resumed_run_asks_for_no_other_stage_1(run, train, tmp_path, folder, monkeypatch):
+    monkeypatch.setattr(train, 'released_experience', lambda *_: None)
+    assert run('--dataset', folder, '--epochs', 1, '--rehearsal', 0)[0] == 0
+    shutil.rmtree(tmp_path / 'run/emoreg')
+    monkeypatch.setattr(train, 'released_experience', lambda *_: 'emoreg_resnet18.emoji')  # of a later version
+    status, (affect, emoreg), _ = run('--resume', tmp_path / 'run')
+    assert (status, affect['task'], emoreg['experience']) == (
+        0, 'affect', str(tmp_path / 'run/affect/model_best.pth.tar'))
+
+
 def test_a_moved_run_is_resumed_where_it_lies_now(run, train, tmp_path, folder, monkeypatch):
     monkeypatch.chdir(tmp_path)
     link = Path('pictures')
@@ -387,8 +397,24 @@ def test_weights_that_are_not_finite_are_no_result(run, tmp_path, folder):
     status, results, err = run('--task', 'plain', '--dataset', folder, '--epochs', 1, '--opt', 'sgd', '--lr', 1e30,
                                '-b', 48, '--warmup-epochs', 0)  # one update
     assert (status, results) == (1, [])
-    assert err == ('train.py: weights or validation loss are not finite after epoch 1. Lower --lr or add --clip-grad '
-                   '1.\n')
+    assert err == 'train.py: weights or loss are not finite after epoch 1. Lower --lr or add --clip-grad 1.\n'
+    assert os.listdir(tmp_path) == []
+
+
+def test_weights_that_are_not_finite_are_not_kept_by_a_stop(run, train, tmp_path, folder, monkeypatch):
+    epoch = train.train_epoch
+
+    def diverge(number, first_step, task, *args):
+        def signalled(*_):  # in the very step that spoils them
+            next(task.get_trainable_module().parameters()).data.fill_(float('inf'))
+            return True
+        monkeypatch.setattr(train, 'asked_to_stop', signalled)
+        return epoch(number, first_step, task, *args)
+
+    monkeypatch.setattr(train, 'train_epoch', diverge)
+    status, _, err = run('--task', 'plain', '--dataset', folder)
+    assert (status, err) == (1, 'train.py: weights or loss are not finite in epoch 1, step 1. Lower --lr or add '
+                                '--clip-grad 1.\n')
     assert os.listdir(tmp_path) == []
 
 

@@ -9,7 +9,7 @@ import torch
 
 from .probe import fastest
 
-__all__ = ['autocast_in', 'choose_precision', 'faster_in']
+__all__ = ['autocast_in', 'choose_precision', 'emulates_bfloat16', 'faster_in']
 
 
 def faster_in(dtype: torch.dtype, device: torch.device) -> bool:
@@ -25,13 +25,22 @@ def faster_in(dtype: torch.dtype, device: torch.device) -> bool:
     return fastest({kind: partial(torch.nn.functional.conv2d, *pair) for kind, pair in operands.items()}) == dtype
 
 
+def emulates_bfloat16(device: torch.device) -> bool:
+    """Whether `device` is an NVIDIA GPU before Ampere: torch computes bfloat16 there without its units for 16 bits, and
+    cuDNN has no convolutions in it; float16 has both."""
+    return device.type == 'cuda' and torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0)
+
+
 def choose_precision(device: torch.device, dtype: str | None) -> str:
     """The type to train in: ``'bfloat16'``, ``'float16'`` or ``'float32'``.
 
     Args:
         device: Where the model runs.
-        dtype: ``'bfloat16'``, ``'float16'``, or None for float32. On a CPU it is taken only where it is faster.
+        dtype: ``'bfloat16'``, ``'float16'``, or None for float32. On a CPU it is taken only where it is faster; on a
+            GPU that has no bfloat16, float16 is taken in its place.
     """
+    if dtype == 'bfloat16' and emulates_bfloat16(device):
+        return 'float16'
     if dtype is None or (device.type == 'cpu' and not faster_in(getattr(torch, dtype), device)):
         return 'float32'
     return dtype

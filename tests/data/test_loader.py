@@ -75,7 +75,7 @@ def test_resident_where_the_set_fits(monkeypatch):
 def test_a_quarter_of_the_free_memory_may_be_taken(monkeypatch):
     on_device, on_host = resident_bytes(10, SIZE, 2), resident_bytes(10, SIZE)
     free = 4 * (on_device + on_host)
-    monkeypatch.setattr(loader_module, '_free_host_memory', lambda: free)
+    monkeypatch.setattr(loader_module, 'free_host_memory', lambda: free)
     assert fits_in_memory(10, SIZE, 2, CPU)
     assert not fits_in_memory(11, SIZE, 2, CPU)
     assert not fits_in_memory(10, SIZE, 2, CPU, world_size=2)  # each process has its own on the same host
@@ -87,22 +87,6 @@ def test_a_quarter_of_the_free_memory_may_be_taken(monkeypatch):
     assert not fits_in_memory(11, SIZE, 2, cuda)
     free = 4 * on_host - 1  # too little to build it
     assert not fits_in_memory(10, SIZE, 2, cuda)
-
-
-def test_free_memory_of_the_host(tmp_path):
-    assert loader_module._free_host_memory(tmp_path) == loader_module.ASSUMED_FREE  # no /proc: macOS, Windows
-    (tmp_path / 'proc').mkdir()
-    meminfo = tmp_path / 'proc' / 'meminfo'
-    meminfo.write_text('MemTotal: 9000 kB\n')
-    assert loader_module._free_host_memory(tmp_path) == loader_module.ASSUMED_FREE
-    meminfo.write_text('MemTotal:       9000 kB\nMemFree:          10 kB\nMemAvailable:   5000 kB\n')
-    assert loader_module._free_host_memory(tmp_path) == 5000 * 1024
-    limit = tmp_path / 'sys' / 'fs' / 'cgroup' / 'memory.max'
-    limit.parent.mkdir(parents=True)
-    (limit.parent / 'memory.stat').write_text('anon 1024\nfile 3000\n')
-    for text, expected in (('max\n', 5000 * 1024), ('4096\n', 3072), ('512\n', 0), (f'{10 ** 12}\n', 5000 * 1024)):
-        limit.write_text(text)
-        assert loader_module._free_host_memory(tmp_path) == expected
 
 
 # -- both kinds alike --------------------------------------------------------------------------------------------------
@@ -194,6 +178,18 @@ def test_timm_resumes_within_an_epoch_with_any_number_of_workers(workers):
         rest = epoch(make(**FULL, batch_size=2, workers=workers), 4, first_batch)
         assert_equal(rest[0], inputs[first_batch:])
         assert_equal(rest[1], targets[first_batch:])
+
+
+def test_workers_outlive_an_epoch_and_one_that_was_broken_off():
+    loader = make(**FULL, batch_size=2, workers=2)
+    loader.set_epoch(0)
+    next(iter(loader))
+    workers = {worker.pid for worker in multiprocessing.active_children()}
+    assert len(workers) == 2
+    for number in (1, 2):
+        for one, other in zip(epoch(loader, number), epoch(make(**FULL, batch_size=2), number), strict=True):
+            assert_equal(one, other)
+    assert {worker.pid for worker in multiprocessing.active_children()} == workers
 
 
 @pytest.mark.skipif(not hasattr(signal, 'sigwaitinfo'), reason='the system does not tell who sent a signal')

@@ -5,36 +5,19 @@ import os
 import random
 import signal
 import threading
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from ..free_memory import free_host_memory
 from .resident import EpochLoader, ResidentLoader, resident_bytes
 from .sets import DataError, ImageSet
 
 __all__ = ['TimmLoader', 'choose_kind', 'fits_in_memory', 'make_loader']
-
-ASSUMED_FREE = 4 * 2 ** 30  # where the system does not tell: what any machine that trains has
-
-
-def _free_host_memory(root: str = '/') -> int:
-    """Bytes that can be had without swapping, page cache included, within what the limit of a container leaves."""
-    try:
-        meminfo = Path(root, 'proc/meminfo').read_text()
-        free = next(int(line.split()[1]) * 1024 for line in meminfo.splitlines() if line.startswith('MemAvailable:'))
-    except (OSError, StopIteration):  # not Linux
-        return ASSUMED_FREE
-    try:
-        group = Path(root, 'sys/fs/cgroup')
-        limit = int((group / 'memory.max').read_text())
-        stat = dict(line.split() for line in (group / 'memory.stat').read_text().splitlines())
-    except (OSError, ValueError):  # no container, or 'max'
-        return free
-    return max(min(free, limit - int(stat.get('anon', 0))), 0)  # the page cache gives way
 
 
 def fits_in_memory(
@@ -55,22 +38,24 @@ def fits_in_memory(
             return False
     else:
         on_host += on_device
-    return on_host * world_size <= _free_host_memory() / 4
+    return on_host * world_size <= free_host_memory() / 4
 
 
-def leave_signals_to_the_training(worker: int) -> None:
-    """A signal to all processes must not end a worker before the training has written its checkpoint; the training
+def leave_signals_to_the_training(training: int, worker: int) -> None:
+    """`training` is the number of its process, which is not the worker's parent where a fork server starts workers.
+
+    A signal to all processes must not end a worker before the training has written its checkpoint; the training
     itself must be able to end it, or its exit would wait for the worker for ever."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if not hasattr(signal, 'sigwaitinfo'):  # macOS, Windows: who sent a signal is not told
         return
     # a handler of Python's is not told either
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_end_for_the_training, daemon=True).start()
+    threading.Thread(target=_end_for_the_training, args=(training,), daemon=True).start()
 
 
-def _end_for_the_training() -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+def _end_for_the_training(training: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != training:
         pass
     os._exit(0)
 
@@ -91,6 +76,16 @@ class _Transformed(Dataset):
         image = self.transform(image)
         random.setstate(state)
         return image, target
+
+
+class _Keys:
+    """The keys of each batch of an epoch, for a DataLoader that outlives the epoch."""
+
+    def __init__(self):
+        self.batches: Iterable[list[tuple[int, int]]] = ()
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        return iter(self.batches)
 
 
 class TimmLoader(EpochLoader):
@@ -130,30 +125,35 @@ class TimmLoader(EpochLoader):
         super().__init__(images, size, batch_size, mean, std, training, device, flip, cutout, seed, channels_last,
                          rank, world_size)
         from timm.data import create_transform  # here, because it imports torchvision's transforms
-        self.workers = workers
         # use_prefetcher: uint8 images, so that a quarter of the bytes travels; flips follow on the device
         self.data = _Transformed(images, create_transform(
             (3, *self.size), is_training=training, no_aug=not augment, use_prefetcher=True, scale=(0.5, 1.0),
             hflip=0.0, color_jitter=None, interpolation='bicubic', crop_pct=1.0, crop_mode='squash'))
+        self.keys = _Keys()
+        # a generator of its own: the seed of its workers would be drawn from the generator of the training otherwise
+        self.loader = DataLoader(self.data, batch_sampler=self.keys, num_workers=workers,
+                                 persistent_workers=workers > 0, pin_memory=self.device.type == 'cuda',
+                                 generator=torch.Generator(),
+                                 worker_init_fn=partial(leave_signals_to_the_training, os.getpid()))
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         if self.training:
             drawn = self._draw()
         else:
             drawn = {'order': torch.arange(self.num_images), 'seed': torch.zeros(self.num_images, dtype=torch.long)}
+        # once an epoch: a copy for each batch would wait for all work that is queued on a GPU
+        drawn |= {name: drawn[name].to(self.device) for name in ('flip', 'centre') if name in drawn}
         parts = list(self._slices())
-        keys = (list(zip(drawn['order'][part].tolist(), drawn['seed'][part].tolist(), strict=True)) for part in parts)
-        pin = self.device.type == 'cuda'
-        # a generator of its own: the seed of its workers would be drawn from the generator of the training otherwise
-        loader = DataLoader(self.data, batch_sampler=keys, num_workers=self.workers, pin_memory=pin,
-                            generator=torch.Generator(), worker_init_fn=leave_signals_to_the_training)
+        self.keys.batches = (
+            list(zip(drawn['order'][part].tolist(), drawn['seed'][part].tolist(), strict=True)) for part in parts)
+        pin = self.loader.pin_memory
         try:
-            for part, (pixels, target) in zip(parts, loader, strict=True):
+            for part, (pixels, target) in zip(parts, self.loader, strict=True):
                 pixels = pixels.to(self.device, non_blocking=pin).permute(0, 2, 3, 1).contiguous()
                 if self.flip != 'none':
-                    flip = drawn['flip'][part].to(self.device)
+                    flip = drawn['flip'][part]
                     pixels = torch.where(flip[:, None, None, None], pixels.flip(2), pixels)
-                centre = drawn['centre'][part].to(self.device) if self.cutout else None
+                centre = drawn['centre'][part] if self.cutout else None
                 yield self._finish(pixels, centre), target.to(self.device, non_blocking=pin)
         except DataError as e:
             # torch prefixes an error of a worker with its traceback
