@@ -382,9 +382,7 @@ def train_epoch(epoch, first_step, task, loader, optimizer, scheduler, scaler, a
             done = epoch * updates + (step + 1) // accumulate
             task.update_ema(step=done)
             scheduler.step_update(num_updates=done)
-            # several GPUs ask each other now and then only, because each question waits for the work under way
-            ask = not args.distributed or task.device.type == 'cpu' or done % args.log_interval == 0
-            if step + 1 < updates * accumulate and ask and asked_to_stop(args, received):
+            if step + 1 < updates * accumulate and asked_to_stop(args, received):
                 args.first_step, args.sums = step + 1, mean_over_processes(sums, args)
                 check_finite(task, args.sums['loss'], f'in epoch {epoch + 1}, step {step + 1}')
                 args.seconds = time.perf_counter() - args.start
@@ -704,6 +702,13 @@ def main() -> int:
     except (BusyError, DamagedError, DataError, CheckpointError, LaunchError, ModelError, OSError) as e:
         print(f'train.py: {e}', file=sys.stderr)
         return 2
+    except torch.OutOfMemoryError as e:
+        then = f' With more memory, go on with: {resume_command(args)}' if last_good(args) else ''
+        if is_primary(args) and not args.resume:
+            remove_empty_run(Path(args.output) / args.experiment)
+        print(f'train.py: {args.device} has too little memory ({reason_of(e)}). Lower --batch-size, share it out with '
+              f'--grad-accum-steps, or add --grad-checkpointing.{then}', file=sys.stderr)
+        return 1
     except RuntimeError as e:
         if not lost_another(e):
             raise

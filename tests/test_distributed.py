@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+from argparse import Namespace
 from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 from training_process import SCRIPT, Training, colours
+
+from timm_emoreg import processes
 
 # without batch norm, whose statistics are those of one process's images; SGD, because Adam magnifies rounding
 RECIPE = ('--model', 'test_vit', '--img-size', 32, '-b', 8, '--epochs', 2, '--no-amp', '--no-aug', '--opt', 'sgd',
@@ -121,7 +124,7 @@ def test_a_signal_to_one_process_stops_both_at_the_same_update(two, tmp_path, fo
     assert (status, other_status) == (128 + signal.SIGTERM, 128 + signal.SIGTERM), first + second
     assert f'stopped. Go on with: python train.py --resume {tmp_path / "run"}' in first
     assert second == ''
-    assert [p.name for p in (tmp_path / 'run/plain').glob('recovery*')] == ['recovery-1-3.pth.tar']
+    assert [p.name for p in (tmp_path / 'run/plain').glob('recovery*')] == ['recovery-1-4.pth.tar']  # one update later
     for run in start('--resume', tmp_path / 'run', '--device', 'cpu'):
         status, text = run.end()
         assert status == 0, text
@@ -211,3 +214,31 @@ def test_an_environment_that_does_not_work_is_named_and_leaves_nothing(tmp_path,
     assert text.startswith(f'train.py: {message}')
     assert len(text.splitlines()) == 1
     assert not (tmp_path / 'out').exists()
+
+
+def test_the_answer_is_that_of_the_question_before(monkeypatch):
+    def all_reduce(number, op):
+        number.fill_(max(int(number), others.pop(0)))
+
+    monkeypatch.setattr(torch.distributed, 'all_reduce', all_reduce)
+    monkeypatch.setattr(processes, '_asked', [])
+    args, received = Namespace(distributed=True, device='cpu'), []
+    others = [0, 15, 0, 15]  # another process got its signal after the first question
+    assert [processes.asked_to_stop(args, received) for _ in range(3)] == [False, False, True]
+    assert received == [15]  # this one says so from now on, too
+    assert (processes.asked_to_stop(args, received), received) == (False, [15])
+
+
+@pytest.mark.parametrize(('gpus', 'local_rank'), [(1, '0'), (4, '1')])
+def test_a_gpu_of_its_own_for_each_slurm_task(monkeypatch, gpus, local_rank):
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: gpus)
+    monkeypatch.setattr(os, 'environ', {'SLURM_PROCID': '1', 'SLURM_LOCALID': '1'})
+    seen = []
+
+    def join(args):
+        seen.append(os.environ.get('LOCAL_RANK', os.environ['SLURM_LOCALID']))
+        args.distributed, args.rank = False, 0
+        return torch.device('cpu')
+    monkeypatch.setattr(processes, 'init_distributed_device', join)
+    processes.join_processes(Namespace(sync_bn=False, device='cuda', experiment='run'))
+    assert seen == [local_rank]

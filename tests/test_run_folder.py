@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 
 import pytest
+import torch
 
 from timm_emoreg import run_folder
 from timm_emoreg.files import write_text
@@ -30,3 +31,10 @@ def test_what_a_killed_process_left_is_no_obstacle(tmp_path):
     (tmp_path / f'run.{os.getpid()}.part').mkdir()
     make_run(tmp_path / 'run', {'seed': 0})
     assert os.listdir(tmp_path) == ['run']
+
+
+def test_what_a_device_lacks_is_no_fault_of_the_folder(tmp_path):
+    with pytest.raises(torch.OutOfMemoryError), run_folder.writing(tmp_path):
+        raise torch.OutOfMemoryError
+    with pytest.raises(run_folder.WriteError, match=r'cannot be written \(no room\)'), run_folder.writing(tmp_path):
+        raise RuntimeError('no room')

@@ -64,6 +64,7 @@ from timm_emoreg.settings import batch_of_a_step
     (('--opt', 'adamw', '--opt-kwargs', 'weight_decay=0.1'), "--opt-kwargs {'weight_decay': 0.1}: "),
     (('--opt', 'muon', '--opt-kwargs', 'ns_steps=abc'), "--opt-kwargs {'ns_steps': 'abc'}: "),
     (('--opt', 'adahessian'), '--opt adahessian, --opt-kwargs {}: '),
+    (('--opt', 'bnbadamw', '--device', 'cpu'), '--opt bnbadamw, --opt-kwargs {}: '),
     (('--opt', ''), '--opt: is empty'),
     (('--opt', 'adamw', '--opt-kwargs', 'foreach'), 'argument --opt-kwargs: expected name=value, got foreach'),
     (('--model-kwargs', 'patch_drop_rate', '0.5'), 'argument --model-kwargs: expected name=value, got patch_drop_rate'),

@@ -418,6 +418,25 @@ def test_weights_that_are_not_finite_are_not_kept_by_a_stop(run, train, tmp_path
     assert os.listdir(tmp_path) == []
 
 
+def test_a_device_with_too_little_memory_is_named(run, train, tmp_path, folder, monkeypatch):
+    epoch = train.train_epoch
+
+    def fill(number, *args):
+        if number == at:
+            raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB.\nMore.')
+        return epoch(number, *args)
+
+    monkeypatch.setattr(train, 'train_epoch', fill)
+    at, remedies = 0, ('train.py: cpu has too little memory (CUDA out of memory. Tried to allocate 2 GiB). Lower '
+                       '--batch-size, share it out with --grad-accum-steps, or add --grad-checkpointing.')
+    assert run('--task', 'plain', '--dataset', folder) == (1, [], f'{remedies}\n')
+    assert os.listdir(tmp_path) == []
+    at = 1
+    assert run('--task', 'plain', '--dataset', folder) == (
+        1, [], f'{remedies} With more memory, go on with: python train.py --resume {tmp_path / "run"}\n')
+    assert 'last.pth.tar' in os.listdir(tmp_path / 'run/plain')
+
+
 def test_a_loss_that_ends_later_names_the_last_good_checkpoint(run, train, tmp_path, folder, monkeypatch):
     epoch = train.train_epoch
 

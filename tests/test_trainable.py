@@ -21,6 +21,17 @@ def test_a_size_that_leaves_nothing_to_pool_is_named(name, kwargs, fits):
         check_takes(model, name, '--start-img-size', 8, CPU)
 
 
+@pytest.mark.parametrize('error', [torch.OutOfMemoryError('CUDA out of memory.'), torch.AcceleratorError('no GPU', 1)])
+def test_what_a_device_lacks_is_no_fault_of_the_size(monkeypatch, error):
+    model = timm.create_model('test_resnet')
+
+    def fail(*_):
+        raise error
+    monkeypatch.setattr(model, 'forward', fail)
+    with pytest.raises(type(error)):
+        check_takes(model, 'test_resnet', '--img-size', 32, CPU)
+
+
 def test_one_image_a_step_is_refused_where_batch_norm_has_one_value_a_channel():
     model = timm.create_model('test_resnet')
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}

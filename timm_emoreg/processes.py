@@ -1,6 +1,7 @@
 """Several training processes that act as one: they find each other, agree to stop, and average what they log."""
 from __future__ import annotations
 
+import os
 from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
@@ -22,6 +23,8 @@ def join_processes(args: Namespace) -> torch.device:
     if args.sync_bn and is_distributed_env() and torch.device(args.device).type == 'cpu':
         raise LaunchError('--sync-bn needs GPUs, torch has no such layer for the CPU. Leave it out, or choose a model '
                           'without batch norm, such as emoreg_vit_tiny.')
+    if 'SLURM_PROCID' in os.environ and torch.cuda.device_count() == 1:
+        os.environ['LOCAL_RANK'] = '0'  # as with --gpus-per-task=1: each task sees its own GPU only, timm counts on all
     try:
         device = init_distributed_device(args)
         torch.zeros(1, device=device)
@@ -48,8 +51,14 @@ def first_decides(decide: Callable[[], Any], args: Namespace) -> Any:
     return decided[0]
 
 
+_asked: list[Tensor] = []  # what the processes said when they asked each other last
+
+
 def asked_to_stop(args: Namespace, received: list[int]) -> bool:
     """Whether a signal has arrived in any process. All get the same answer, so they all stop at the same update.
+
+    Several processes get the answer to the question before this one: that has been exchanged, where this one would wait
+    for all the work that is queued on a GPU.
 
     Args:
         args: Those that `join_processes` completed.
@@ -57,11 +66,13 @@ def asked_to_stop(args: Namespace, received: list[int]) -> bool:
     """
     if not args.distributed:
         return bool(received)
-    number = torch.tensor(received[0] if received else 0, device=args.device)
+    number = torch.full((), received[0] if received else 0, device=args.device)  # filled there: no copy to wait for
     torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX)
-    if number and not received:
-        received.append(int(number))
-    return bool(number)
+    _asked.append(number)
+    answer = int(_asked.pop(0)) if len(_asked) > 1 else 0
+    if answer and not received:
+        received.append(answer)
+    return bool(answer)
 
 
 def mean_over_processes(sums: dict[str, Tensor], args: Namespace) -> dict[str, float]:

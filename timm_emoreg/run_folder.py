@@ -13,6 +13,7 @@ from pathlib import Path
 from timm.utils.summary import trim_summary
 
 from .files import replacing, write_text
+from .trainable import OF_THE_DEVICE
 
 __all__ = ['BusyError', 'DamagedError', 'WriteError', 'alone_in', 'chosen_once', 'make_run', 'read_json',
            'remove_empty_run', 'trim', 'writing']
@@ -92,6 +93,8 @@ def writing(folder: str | Path) -> Iterator[None]:
     """One kind of error, which names the folder, for all that can fail while files are written."""
     try:
         yield
+    except OF_THE_DEVICE:
+        raise
     except (OSError, RuntimeError) as e:  # torch.save raises RuntimeError where the disk is full
         raise WriteError(f'{folder}: cannot be written ({str(e).splitlines()[0]}). Make room or make it writable, or '
                          'choose another --output.') from e

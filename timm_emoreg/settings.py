@@ -219,13 +219,15 @@ def _check_recipe(args: Namespace) -> None:
     if args.opt_kwargs and not args.opt:
         raise SettingsError(f'--opt-kwargs {args.opt_kwargs}: belong to one optimizer. Give --opt, too.')
     if args.opt:
-        try:  # one step of a small matrix
-            weight = torch.nn.Parameter(torch.ones(8, 8))
-            weight.grad = torch.ones(8, 8)
+        try:  # one step of a small matrix, on a GPU where some optimizers need one
+            device = args.device if args.device.startswith('cuda') and torch.cuda.is_available() else 'cpu'
+            weight = torch.nn.Parameter(torch.ones(8, 8, device=device))
+            weight.grad = torch.ones_like(weight)
             create_optimizer_v2([weight], opt=args.opt, lr=1.0, momentum=args.momentum, weight_decay=0.1,
                                 **args.opt_kwargs).step()
-        except (RuntimeError, TypeError, ValueError) as e:
-            raise SettingsError(f'--opt {args.opt}, --opt-kwargs {args.opt_kwargs}: {e}. '
+        except (AssertionError, ImportError, RuntimeError, TypeError, ValueError) as e:
+            reason = str(e).rstrip('.') or 'it cannot be had here'  # timm asserts without a word what must be installed
+            raise SettingsError(f'--opt {args.opt}, --opt-kwargs {args.opt_kwargs}: {reason}. '
                                 'timm.optim.list_optimizers() names the optimizers.') from e
 
 

@@ -6,11 +6,14 @@ from copy import deepcopy
 import torch
 from torch import nn
 
-__all__ = ['CANNOT_BUILD', 'ModelError', 'check_takes', 'check_takes_one', 'reason_of']
+__all__ = ['CANNOT_BUILD', 'OF_THE_DEVICE', 'ModelError', 'check_takes', 'check_takes_one', 'reason_of']
 
 
 # what timm's families raise for arguments and image sizes that they do not take
 CANNOT_BUILD = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
+# what is no fault of the settings that are tried; both are RuntimeErrors
+OF_THE_DEVICE = (torch.AcceleratorError, torch.OutOfMemoryError)
 
 
 class ModelError(ValueError):
@@ -38,6 +41,8 @@ def check_takes(model: nn.Module, name: str, flag: str, size: int, device: torch
     """
     try:
         model.eval()(torch.zeros(1, 3, size, size, device=device))
+    except OF_THE_DEVICE:
+        raise
     except CANNOT_BUILD as e:
         raise ModelError(f'{flag} {size}: {name} takes no images of that size ({reason_of(e)}). Use a larger one, or '
                          'leave it out.') from e
