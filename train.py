@@ -51,6 +51,7 @@ from timm_emoreg.commit import project_commit
 from timm_emoreg.curves import draw_curves
 from timm_emoreg.data import TARGETS, DataError, load_stimuli, load_target
 from timm_emoreg.data.controls import fewer_images, predict_rotation, shuffle_labels
+from timm_emoreg.data.duplicates import check_unseen
 from timm_emoreg.data.loader import choose_kind, make_loader
 from timm_emoreg.data.progressive import ProgressiveLoader
 from timm_emoreg.data.rehearsal import RehearsalLoader
@@ -614,6 +615,9 @@ def say(args, text: str) -> None:
 def run(args) -> None:
     device = join_processes(args)
     args.device = str(device)
+    if device.type == 'cuda':  # as timm's script has them; images of many sizes would be measured at each
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.benchmark = args.start_img_size is None
     folder = Path(args.output) / args.experiment
     # the data first: what is missing there must not leave a folder behind
     target = None if args.task == 'affect' else target_of(args)
@@ -621,6 +625,8 @@ def run(args) -> None:
         args.experience = args.experience or released_experience(args.model, args.small_image, args.img_size)
     stage_1 = not args.experience and (args.task != 'plain' or args.stimuli is not None)
     stimuli = stimuli_of(args) if stage_1 or args.stimuli else None
+    if stimuli is not None and target is not None:
+        check_unseen(stimuli, target)
     experience = None
     if args.experience == 'none':  # the affect response of stage 1 on these stimuli, untrained
         if args.task == 'emoreg':

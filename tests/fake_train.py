@@ -68,4 +68,5 @@ for name in ('last', 'model_best'):
     'task': args.task, 'model': args.model, 'train_images': args.train_images or 1278, 'seed': args.seed,
     'epochs': args.epochs, 'best_epoch': args.epochs, 'metric': metric, 'validation': top1 + 1, 'test': {metric: top1},
     'balance': 0.5 if args.task == 'emoreg' else None, 'experience': args.experience, 'precision': 'float32',
-    'attention': 'plain', 'seconds': 2.0 * args.epochs, 'device': f'CPU, {os.environ["OMP_NUM_THREADS"]} threads'}))
+    'attention': 'plain', 'loader': 'resident', 'seconds': 2.0 * args.epochs,
+    'device': f'CPU, {os.environ["OMP_NUM_THREADS"]} threads'}))

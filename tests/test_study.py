@@ -10,6 +10,7 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from timm_emoreg import study, study_grid
@@ -58,7 +59,7 @@ def test_a_grid_is_run_once(run, tmp_path):
         'regulated', 'emoji', '1', '0.5', 'CPU, 2 threads')
     assert row['flags'].endswith('--epochs 3 --val-interval 2')
     assert float(row['seconds']) == result['seconds']
-    assert (row['commit'], row['attention']) == ('abc', 'plain')
+    assert (row['commit'], row['attention'], row['loader']) == ('abc', 'plain', 'resident')
     assert result['experience'] == str(tmp_path / 's/runs/test_resnet_emoji_affect_s1')
     kept = {str(path.relative_to(tmp_path / 's/runs')) for path in (tmp_path / 's/runs').glob('*/*/*.pth.tar')}
     assert kept == {f'test_resnet_emoji_affect_s{seed}/affect/model_best.pth.tar' for seed in (0, 1)}
@@ -189,8 +190,11 @@ def test_a_dry_run_writes_nothing(run, tmp_path):
     assert not (tmp_path / 's').exists()
 
 
-def test_jobs_get_their_devices_in_turn(run, tmp_path):
-    assert run('--arms', 'plain', '--seeds', 0, 1, 2, 3, '--jobs', 4, '--devices', 'cuda:0', 'cuda:1')[0] == 0
+@pytest.mark.parametrize('given', [True, False])
+def test_jobs_get_their_devices_in_turn(run, tmp_path, monkeypatch, given):
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+    devices = ('--devices', 'cuda:0', 'cuda:1') if given else ()
+    assert run('--arms', 'plain', '--seeds', 0, 1, 2, 3, '--jobs', 4, *devices)[0] == 0
     devices = [log.read_text().split('--device ')[1].split()[0] for log in (tmp_path / 's/logs').iterdir()]
     assert sorted(devices) == ['cuda:0', 'cuda:0', 'cuda:1', 'cuda:1']
 
@@ -361,6 +365,11 @@ def test_a_csv_as_stimuli(run, tmp_path):
     csv = ('--stimuli', tmp_path / 'own.csv', '--rating-scale', 0, 50, '--rating-columns')
     assert run(*csv, 'joy', '--arms', 'regulated', 'plain+', '--affect-epochs', 25, '--seeds', 0)[0] == 0
     assert {row['epochs'] for row in read_rows(tmp_path / 's/results.csv')} == {'3', str(3 + 1)}  # 25 x 40 of 1,000
+    for i in range(50):
+        (tmp_path / 'things' / 'ab'[i % 2]).mkdir(parents=True, exist_ok=True)
+        (tmp_path / f'things/{"ab"[i % 2]}/{i}.png').symlink_to(tmp_path / f'{i}.png')
+    status, _, err = run(*csv, 'joy', '--targets', tmp_path / 'things', '--train-images', 'all', '--arms', 'regulated')
+    assert (status, 'own, things: stage 1 would see' in err) == (2, True), err
     status, _, err = run(*csv, 'age', '--arms', 'regulated', '--affect-epochs', 25, '--seeds', 1)
     assert status == 2
     assert 'affect_s1 has the ratings "--rating-columns age --rating-scale 0 50", and ' in err

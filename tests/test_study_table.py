@@ -16,13 +16,14 @@ TESTS = {'plain': (66.0, 65.0, 67.0), 'init': (68.0, 66.0, 68.5), 'regulated': (
 
 
 def write_run(folder, arm, seed, test, stimuli='emoji', images='1000', predictions=None, precision='float32',
-              attention=''):
+              attention='', loader=''):
     key = f'{arm.replace(":", ".")}_{images}_s{seed}'
     rows = read_rows(folder / 'results.csv')
     row = dict.fromkeys(COLUMNS, '') | {
         'key': key, 'arm': arm, 'model': 'resnet10t', 'stimuli': '' if arm == 'plain' else stimuli,
         'target': 'cifar10', 'train_images': images, 'seed': seed, 'test': test, 'validation': test + 1,
-        'seconds': 10 * seed + 5, 'epochs': 3, 'precision': precision, 'attention': attention}
+        'seconds': 10 * seed + 5, 'epochs': 3, 'precision': precision, 'attention': attention,
+        'loader': loader}
     write_rows(folder / 'results.csv', [*rows, row], COLUMNS)
     if predictions is not None:
         (folder / 'runs' / key / 'task').mkdir(parents=True)
@@ -202,11 +203,21 @@ def test_an_arm_of_another_version(folder):
         read_settings(folder)
 
 
-def test_runs_of_another_attention_are_not_paired_without_a_word(folder):
-    write_run(folder, 'unlabelled', 3, 60.0, precision='bfloat16', attention='plain')
-    write_run(folder, 'content', 3, 60.0, precision='bfloat16', attention='fused')
-    assert ('the runs of seed 3 were computed in different ways (bfloat16 with fused attention, bfloat16 with plain '
-            'attention). ') in tables(folder)
+@pytest.mark.parametrize(('one', 'other', 'told'), [
+    ({'attention': 'plain'}, {'attention': 'fused'}, '(fused attention, plain attention). .+--no-amp'),
+    ({'loader': 'timm'}, {'loader': 'resident'}, '(resident loader, timm loader). .+--loader timm'),
+    ({'attention': 'plain', 'loader': 'timm'}, {}, None),  # an older row that does not tell
+])
+def test_runs_of_another_kernel_or_augmentation_are_not_paired_without_a_word(folder, one, other, told):
+    write_run(folder, 'unlabelled', 3, 60.0, **one)
+    write_run(folder, 'content', 3, 60.0, **other)
+    text = tables(folder)
+    if told is None:
+        assert 'different ways' not in text
+    else:
+        start, end = told.split('.+')
+        assert f'the runs of seed 3 were computed in different ways {start}' in text
+        assert f'or give all of them {end}.' in text
 
 
 def copied(images, monkeypatch):

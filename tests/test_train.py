@@ -133,8 +133,12 @@ def test_ratings_of_a_csv(run, tmp_path, folder):
     try:
         _, results, _ = run('--task', 'affect', '--stimuli', table, '--rating-columns', 'valence', 'arousal',
                             '--rating-scale', 1, 9, '--epochs', 5, '--lr', 0.002)
+        status, _, err = run('--stimuli', table, '--rating-columns', 'valence', '--rating-scale', 1, 9, '--dataset',
+                             folder, name='both')
     finally:
         table.unlink()
+    assert (status, (tmp_path / 'both').exists()) == (2, False)
+    assert re.match(r'train\.py: ratings, colours\d: stage 1 would see \d+ of the 12 files that stage 2 is judged', err)
     assert results[0]['test']['ccc_valence'] > 0.3
     task = torch.load(tmp_path / 'run/affect/last.pth.tar', weights_only=False)['task_state']
     assert task == {'target_kind': 'ratings', 'names': ['valence', 'arousal']}

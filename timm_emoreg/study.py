@@ -39,6 +39,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import timm
+import torch
 
 import timm_emoreg
 
@@ -225,8 +226,8 @@ class Study:
             'epochs': result['epochs'], 'best_epoch': result['best_epoch'], 'metric': result['metric'],
             'validation': result['validation'], 'test': result['test'][result['metric']],
             'balance': result['balance'], 'precision': result['precision'], 'attention': result.get('attention'),
-            'device': result['device'], 'seconds': result['seconds'], 'commit': settings.get('commit'),
-            'flags': shlex.join(run.flags)}
+            'loader': result.get('loader'), 'device': result['device'], 'seconds': result['seconds'],
+            'commit': settings.get('commit'), 'flags': shlex.join(run.flags)}
         name = 'stage1.csv' if run.task == 'affect' else 'results.csv'
         self.rows[name].append({k: '' if v is None else str(v) for k, v in row.items()})
         write_rows(self.folder / name, self.rows[name], COLUMNS)
@@ -394,7 +395,7 @@ def _parser() -> argparse.ArgumentParser:
                      help="flags of train.py for stage 1 alone; a single one needs '=': --affect-flags=--no-aug")
     run.add_argument('--target-flags', type=shlex.split, default=[], metavar="'FLAGS'", help='the same for stage 2')
     run.add_argument('--jobs', type=int, default=1, help='runs at a time (default: 1)')
-    run.add_argument('--devices', nargs='+', default=['cpu'], help='of the jobs, in turn: cpu, cuda:0 ...')
+    run.add_argument('--devices', nargs='+', help='of the jobs, in turn: cpu, cuda:0 ... (default: all GPUs, else cpu)')
     run.add_argument('--threads', type=int, help='CPU threads a run (default: the cores, shared out among the jobs)')
     run.add_argument('--train-script', type=Path, help='default: the train.py beside the package')
     run.add_argument('--keep-checkpoints', action='store_true',
@@ -460,6 +461,7 @@ def _run(args: argparse.Namespace) -> int:
     if args.threads is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
         args.threads = max(1, cores // max(1, args.jobs))
+    args.devices = args.devices or [f'cuda:{i}' for i in range(torch.cuda.device_count())] or ['cpu']
     args.train_script = args.train_script or Path(timm_emoreg.__file__).parents[1] / 'train.py'
     _check(args)
     args.stimuli = ['+'.join(absolute(part, STIMULI) for part in stimuli_parts(name)) for name in args.stimuli]

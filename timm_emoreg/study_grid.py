@@ -11,6 +11,7 @@ from pathlib import Path
 
 from .data import STIMULI, TARGETS, Splits, load_stimuli, load_target, stimuli_parts
 from .data.choices import unknown_choice
+from .data.duplicates import check_unseen
 from .files import replacing
 from .settings import REGULATION
 
@@ -197,15 +198,17 @@ def data_digests(runs: Iterable[Run], data_dir: str | None, ratings: Ratings) ->
     """`Splits.digest` of each set of the runs that is no published one, but files that may change.
 
     Raises:
-        DataError: If one cannot be used.
+        DataError: If one cannot be used, or stage 1 would see what stage 2 is judged by.
     """
-    digests = {}
-    for run in runs:
-        if run.target and run.target not in TARGETS and run.target not in digests:
-            digests[run.target] = load_target(run.target, data_dir).digest()
-        if not set(stimuli_parts(run.stimuli)) <= {'', *STIMULI} and run.stimuli not in digests:
-            digests[run.stimuli] = _stimuli(run.stimuli, data_dir, ratings.of(run.stimuli)).digest()
-    return digests
+    runs = list(runs)
+    targets = {name: load_target(name, data_dir) for name in dict.fromkeys(run.target for run in runs)
+               if name and name not in TARGETS}
+    stimuli = {name: _stimuli(name, data_dir, ratings.of(name)) for name in dict.fromkeys(run.stimuli for run in runs)
+               if not set(stimuli_parts(name)) <= {'', *STIMULI}}
+    for shown, judged in dict.fromkeys((run.stimuli, run.target) for run in runs):
+        if shown in stimuli and judged in targets:
+            check_unseen(stimuli[shown], targets[judged])
+    return {name: splits.digest() for name, splits in (targets | stimuli).items()}
 
 
 def images_seen(run: Run, data_dir: str | None, ratings: Ratings) -> int:
@@ -299,7 +302,8 @@ def recipe(flags: Sequence[str], arm: str) -> tuple[str, tuple[str, ...]]:
 # -- files -------------------------------------------------------------------------------------------------------------
 
 COLUMNS = ('key', 'arm', 'model', 'stimuli', 'target', 'train_images', 'images', 'seed', 'epochs', 'best_epoch',
-           'metric', 'validation', 'test', 'balance', 'seconds', 'precision', 'attention', 'device', 'commit', 'flags')
+           'metric', 'validation', 'test', 'balance', 'seconds', 'precision', 'attention', 'loader', 'device', 'commit',
+           'flags')
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
@@ -315,7 +319,7 @@ def read_rows(path: Path) -> list[dict[str, str]]:
         rows = list(reader)
     again = 'Restore it, or remove it: a finished run whose folder is there gets its row again.'
     of_runs = path.name in ('results.csv', 'stage1.csv')
-    needed = [name for name in COLUMNS if of_runs and name != 'attention']  # which older ones lack
+    needed = [name for name in COLUMNS if of_runs and name not in ('attention', 'loader')]  # which older ones lack
     if rows and (missing := [name for name in needed if name not in rows[0]]):
         raise StudyError(f'{path}: its first line names no column {missing[0]}. {again}')
     for number, row in enumerate(rows, start=2):

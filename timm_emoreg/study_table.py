@@ -270,24 +270,26 @@ COLUMNS = ('model', 'stimuli', 'target', 'train_images', 'arm', 'versus', 'n', '
 
 
 def _computed_otherwise(folder: Path, setting: Setting) -> list[str]:
-    """A warning where runs are paired that another processor, or its load, had compute in another precision or with
-    another kernel of attention, in stage 2 or in their stage 1."""
+    """Warnings where runs are paired that another processor, its load, or want of memory had compute in another
+    precision, with another kernel of attention, or on images augmented by another loader, in stage 2 or in stage 1."""
     seeds = {str(seed) for runs in setting.arms.values() for seed in runs}
     stages = {'': [row for runs in setting.arms.values() for row in runs.values()],
               ' in stage 1': [row for row in read_rows(folder / 'stage1.csv') if row['seed'] in seeds
                               and (row['model'], row['stimuli']) == (setting.model, setting.stimuli)]}
     warnings = []
     for stage, rows in stages.items():
-        found: dict[str, set[str]] = {}
-        for row in rows:
-            kind = [row['precision'], *(f'{name} attention' for name in [row.get('attention')] if name)]
-            found.setdefault(row['seed'], set()).add(' with '.join(kind))
-        mixed = [seed for seed, ways in found.items() if len(ways) > 1]
-        if mixed:
-            kinds = ', '.join(sorted(set().union(*(found[seed] for seed in mixed))))
-            warnings.append(f'Not only the arm differs: the runs of seed {", ".join(mixed)} were computed in different '
-                            f'ways{stage} ({kinds}). Run the arms of a seed on one machine, or give all of them '
-                            '--no-amp.\n')
+        for name, unit in (('precision', ''), ('attention', ' attention'), ('loader', ' loader')):
+            found: dict[str, set[str]] = {}
+            for row in rows:
+                if value := row.get(name):  # older rows do not tell of each
+                    found.setdefault(row['seed'], set()).add(value + unit)
+            mixed = [seed for seed, ways in found.items() if len(ways) > 1]
+            if mixed:
+                kinds = ', '.join(sorted(set().union(*(found[seed] for seed in mixed))))
+                remedy = '--loader timm' if name == 'loader' else '--no-amp'
+                warnings.append(f'Not only the arm differs: the runs of seed {", ".join(mixed)} were computed in '
+                                f'different ways{stage} ({kinds}). Run the arms of a seed on one machine, or give all '
+                                f'of them {remedy}.\n')
     return warnings
 
 

@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
-from timm_emoreg.data.duplicates import copies
+from timm_emoreg.data.duplicates import check_unseen, copies
+from timm_emoreg.data.sets import DataError, ImageSet, Splits, Target
 
 
 @pytest.fixture
@@ -42,3 +44,22 @@ def test_the_distance_is_that_of_all_pairs(images):
     limit = float(np.median(distance))
     assert copies(train, test, near=limit)[1].sum() == pytest.approx(15, abs=1)
     assert (copies(train, test, near=limit + 0.01)[1] == (distance <= limit + 0.01)).all()
+
+
+def test_stage_1_may_not_show_what_stage_2_is_judged_by(tmp_path):
+    link = tmp_path / 'link.png'
+    link.symlink_to(tmp_path / '4.png')
+
+    def splits(name, *parts):
+        parts = [[tmp_path / f'{i}.png' if isinstance(i, int) else i for i in part] for part in parts]
+        return Splits(name, *(ImageSet(part, torch.zeros(len(part), dtype=torch.long), Target('class', ('a',)))
+                              for part in parts), 'free')
+
+    target = splits('things', [0, 1], [2], [3, 4])
+    check_unseen(splits('faces', [0, 5], [1], [2, 3]), target)
+    check_unseen(target, target)
+    check_unseen(splits('faces', [np.zeros((8, 8, 3), np.uint8)], [9], [9]), target)
+    for train, validation, found in (([2], [9], '1 of the 3 files .+, .+2.png among'), ([9], [3], '1 of .+3.png'),
+                                     ([link, 3], [9], '2 of .+3.png')):
+        with pytest.raises(DataError, match=f'^faces, things: stage 1 would see {found}.+a column split.$'):
+            check_unseen(splits('faces', train, validation, [9]), target)
