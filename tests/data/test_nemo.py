@@ -31,6 +31,7 @@ def write(tmp_path, speakers=SPEAKERS, replace=('', '')):
 def test_emotions_are_split_by_speaker(tmp_path):
     splits = load_nemo(write(tmp_path))
     assert splits.target.names == EMOTIONS
+    assert not splits.flip_safe  # mirrored, it is speech backwards
     for part, expected in ((splits.train, range(6)), (splits.validation, [6]), (splits.test, [7, 8])):
         assert part.images.shape[1:] == (64, 64)
         values = part.images[:, 0, 0].tolist()

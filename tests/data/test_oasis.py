@@ -18,7 +18,7 @@ def write(tmp_path, change=lambda rows: None, size=(128, 128), themes=20):
     images.mkdir(parents=True)
     rows = [HEADER]
     for i in range(themes * 2):
-        theme = f'Theme {"abcdefghijklmnopqrstuvwxyz"[i // 2]} {i % 2 + 1}'
+        theme = f'{"Tt"[i % 2]}heme {"abcdefghijklmnopqrstuvwxyz"[i // 2]} {i % 2 * 11 + 1}'  # as 'Dog 1' and 'dog 12'
         Image.new('RGB', size, (i, 0, 0)).save(images / f'{theme}.jpg')
         rows.append([f'I{i + 1}', theme, CATEGORIES[i % 4].capitalize(), 'web', 1 + i * 0.1, 1, 7 - i * 0.1, 1])
     change(rows)

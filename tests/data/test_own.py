@@ -49,7 +49,7 @@ def test_classes_are_numbered_as_timm_does(tmp_path):
 
 
 def test_folder_per_class_is_split_by_class(tmp_path):
-    draw(tmp_path / 'joy', 20)
+    draw(tmp_path / 'joy', 50)
     draw(tmp_path / 'anger' / 'deeper', 9, '.JPG')
     draw(tmp_path / 'anger', 1)
     (tmp_path / 'joy' / 'notes.txt').touch()
@@ -59,13 +59,13 @@ def test_folder_per_class_is_split_by_class(tmp_path):
     splits = load_folder(tmp_path)
     assert splits.name == tmp_path.name
     assert splits.target.names == ('anger', 'joy')
-    assert sizes(splits) == (24, 3, 3)
-    for part, expected in ((splits.train, [8, 16]), (splits.validation, [1, 2]), (splits.test, [1, 2])):
+    assert sizes(splits) == (48, 6, 6)
+    for part, expected in ((splits.train, [8, 40]), (splits.validation, [1, 5]), (splits.test, [1, 5])):
         assert torch.bincount(part.targets).tolist() == expected
         for path, label in zip(part.images, part.targets.tolist(), strict=True):
             assert path.relative_to(tmp_path).parts[0] == splits.target.names[label]
     everything = {path for part in (splits.train, splits.validation, splits.test) for path in part.images}
-    assert len(everything) == 30
+    assert len(everything) == 60
     assert load_folder(tmp_path).test.images == splits.test.images
     assert splits.train[0][0].height == 4
 
@@ -114,6 +114,7 @@ def test_parts_have_the_names_that_sets_have(tmp_path):
 @pytest.mark.parametrize(('names', 'message'), [
     (('val/a', 'val/b', 'test/a', 'test/b'), 'has the parts test, val and no train'),
     (('train/a', 'train/b', 'holdout/a', 'holdout/b'), "'holdout' lies beside the parts train and is none of them"),
+    (('extra', 'train/a', 'train/b'), "'extra' lies beside the parts train and is none of them"),
 ])
 def test_parts_are_not_taken_for_classes(tmp_path, names, message):
     with pytest.raises(DataError, match=message):

@@ -147,6 +147,7 @@ def test_a_digest_changes_with_all_that_a_resumed_run_must_find_again():
     changed = {
         'nothing': digest(), 'a file': digest(files=('a/9.png', 'a/1.png', 'b/2.png')),
         'a folder': digest(files=('b/0.png', 'a/1.png', 'b/2.png')), 'a label': digest(targets=(1, 0, 1)),
+        'a label of validation': digest(targets=(0, 1, 1)), 'a label of test': digest(targets=(0, 0, 0)),
         'a name': digest(names=('a', 'c')), 'the kind': digest(kind='votes'),
         'a part': digest(parts=([1], [0], [2])), 'a size': digest(parts=([0, 1], [1], [2]))}
     assert len(set(changed.values())) == len(changed), changed

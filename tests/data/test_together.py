@@ -68,13 +68,14 @@ def test_pictures_of_several_sizes_make_batches_of_one(sets, kind):
 
 def test_a_picture_of_an_evaluation_part_is_in_no_earlier_part():
     def one(name, *shades):
-        parts = [ImageSet(np.stack([np.full((8, 8), shade, np.uint8) for shade in part]), torch.zeros(len(part)).long(),
-                          Target('class', ('joy',))) for part in shades]
+        sizes = {('b', 3): (4, 16)}  # as many pixels, and another picture
+        parts = [ImageSet([np.full(sizes.get((name, shade), (8, 8)), shade, np.uint8) for shade in part],
+                          torch.zeros(len(part)).long(), Target('class', ('joy',))) for part in shades]
         return Splits(name, *parts, 'none')
 
-    both = show_together([one('a', [1, 2, 3], [4, 5], [6]), one('b', [4, 6, 7], [1, 6, 8], [2, 9])])
+    both = show_together([one('a', [1, 2, 3], [4, 5], [6]), one('b', [4, 6, 7], [1, 6, 8], [2, 9, 3])])
     assert [[int(np.array(part.picture(i))[0, 0, 0]) for i in range(len(part))]
-            for part in (both.train, both.validation, both.test)] == [[3, 7], [4, 5, 1, 8], [6, 2, 9]]
+            for part in (both.train, both.validation, both.test)] == [[3, 7], [4, 5, 1, 8], [6, 2, 9, 3]]
 
 
 def test_things_of_several_sets_stay_apart():
@@ -124,6 +125,8 @@ def test_an_existing_path_with_a_plus_is_one_set(tmp_path):
     assert load_stimuli(folder).target.names == ('fear', 'joy')
     assert stimuli_parts('ferplus+nemo') == ('ferplus', 'nemo')
     assert stimuli_parts(f'{folder}+nemo+{folder}') == (folder, 'nemo', folder)
+    (tmp_path / 'joy+fear+nemo').mkdir()
+    assert stimuli_parts(f'{folder}+nemo+emoji') == (f'{folder}+nemo', 'emoji')  # the longest that is there
     assert stimuli_parts(f'nemo+{folder}x') == ('nemo', f'{tmp_path}/joy', 'fearx')  # nothing there of that name
 
 
