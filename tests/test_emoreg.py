@@ -466,6 +466,7 @@ def test_set_input_size_and_its_export(tmp_path):
 def test_set_input_size_of_a_small_image_form_keeps_its_patches_in_an_export(tmp_path, size):
     model = stir(create('test_vit', small_image=True)).eval()
     model.set_input_size(img_size=size)
+    assert not model.small_image
     want = model(images(size=size))
     save_for_hf(model, tmp_path, safe_serialization=True)
     again = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
@@ -794,3 +795,5 @@ def test_position_embeddings_are_resized_by_the_familys_filter():
     assert fitted['backbone.pos_embed'].shape == model.backbone.pos_embed.shape
     assert torch.equal(fitted['head.weight'], bare['head.weight'])
     assert torch.equal(fitted['head_emo.weight'], bare['head.weight'])
+    own = model.state_dict()
+    assert checkpoint_filter_fn({'state_dict': own}, model).keys() == own.keys()  # as training scripts save it

@@ -144,6 +144,12 @@ def test_released_experience_is_of_the_same_architecture_form_and_size():
     assert released_experience('emoreg_resnet34', True, 32) is None
 
 
+def test_what_waits_for_publication_or_has_a_target_is_not_taken_by_itself(make_record, monkeypatch):
+    records = (make_record(target='cifar10', embedded=True), make_record(stimuli='ferplus'), make_record(embedded=True))
+    monkeypatch.setattr(zoo, 'WEIGHTS', {record.name: record for record in records})
+    assert released_experience('emoreg_resnet18', True, 32) == 'emoreg_resnet18.emoji'
+
+
 @pytest.mark.parametrize(('known', 'model', 'kwargs', 'message'), [
     ({'backbone': 'test_vit'}, 'test_resnet', {}, 'is of the backbone test_vit, and this run has test_resnet'),
     ({'backbone': 'vit_small_patch16_224.dino'}, 'vit_small_patch16_224', {}, 'saw images normalised by mean and sd'),

@@ -62,7 +62,7 @@ def test_small_image_forms(tmp_path):
 
 def test_a_folded_model_is_fed_and_answers_as_before():
     model = timm.create_model('emoreg_resnet18', num_classes=2, small_image=True, modulation=False)
-    model.pretrained_cfg['label_names'] = ('cat', 'dog')
+    model.pretrained_cfg |= {'label_names': ('cat', 'dog'), 'mean': (0.4, 0.5, 0.6), 'std': (0.2, 0.2, 0.3)}
     plain = fold(model)
     assert resolve_model_data_config(plain) == resolve_model_data_config(model)
     assert plain.pretrained_cfg['label_names'] == ('cat', 'dog')

@@ -23,7 +23,7 @@ import timm_emoreg
 from timm_emoreg import emoreg_resnet, emoreg_vit, release, weights, zoo
 from timm_emoreg.card_lint import run_snippets
 from timm_emoreg.emoreg import EmoReg
-from timm_emoreg.finished_runs import ROOT, HubError
+from timm_emoreg.finished_runs import ROOT, HubError, Run, check_same_recipe
 from timm_emoreg.hub import check, main, publish
 from timm_emoreg.release import build
 from timm_emoreg.zoo import HUB_FILE, read_records, write_records
@@ -111,10 +111,10 @@ def alter(home, **changes):
 
 
 def test_build_releases_the_best_of_the_seeds(run, home):
-    results = [run(seed=3, validation=0.5, test=0.40), run(seed=4, validation=0.7, test=0.60).parent]
+    results = [run(seed=3, validation=0.5, test=0.60), run(seed=4, validation=0.7, test=0.40).parent]
     weight = build(NAME, results, home=home, commit=COMMIT)
     assert weight.seeds == (4, 3)
-    assert weight.metrics['ccc'] == {'weight': 0.6, 'n': 2, 'mean': 0.5, 'sd': 0.1414}
+    assert weight.metrics['ccc'] == {'weight': 0.4, 'n': 2, 'mean': 0.5, 'sd': 0.1414}
     assert set(weight.metrics) == {'ccc', 'rmse'}  # the only dimension is not told twice
     assert weight.baseline == {}
     assert (weight.licence, weight.stimuli_labels, weight.commit) == ('cc-by-sa-4.0', 'valence', COMMIT)
@@ -173,13 +173,15 @@ def test_build_of_stage_2_with_its_baseline(run, home):
     assert '| accuracy | 60.0 % | 60.5 ± 0.7 % (n = 2) | 51.0 ± 1.0 % (n = 3) |' in card
 
 
-def test_one_default_an_architecture(run, home):
+def test_one_default_an_architecture(run, home, make_record):
+    other = make_record(architecture='emoreg_vit_tiny', default=True)
+    write_records({other.name: other}, home / 'timm_emoreg/assets/weights.json')
     stage_1 = run()
     build(NAME, [stage_1], home=home, default=True, commit=COMMIT)
     stage_2 = run('emoreg', experience=stage_1.parent)
     build('emoreg_resnet18.emoji_ft_emoji', [stage_2], home=home, default=True, commit=COMMIT)
     assert {n: w.default for n, w in read_records(home / 'timm_emoreg/assets/weights.json').items()} == {
-        NAME: False, 'emoreg_resnet18.emoji_ft_emoji': True}
+        NAME: False, 'emoreg_resnet18.emoji_ft_emoji': True, other.name: True}
 
 
 def test_build_of_a_fixed_size_backbone(run, home):
@@ -283,6 +285,15 @@ def test_a_default_may_be_spelled_out(run, stage_2, home):
     assert build(STAGE_2, [stage_2(seed=6, recipe=recipe)], [older], home=home).baseline['top1']['n'] == 1
     with pytest.raises(HubError, match=r'lr 0\.02 \(there 0\.03\)\. Train the plain backbone'):
         build(STAGE_2, [stage_2(seed=1, recipe={**recipe, 'lr': 0.03})], [plain], home=home)
+
+
+def test_before_there_was_a_choice_of_attention_it_was_the_fused_one(run):
+    older, fused, plain = (run('plain', seed=seed, recipe={'opt': 'muon'}) for seed in range(3))
+    for path, attention in ((fused, 'fused'), (plain, 'plain')):
+        path.write_text(json.dumps({**json.loads(path.read_text()), 'attention': attention}))
+    check_same_recipe([Run(older), Run(fused)])
+    with pytest.raises(HubError, match=r"attention 'plain' \(there 'fused'\)\. Only seeds may differ"):
+        check_same_recipe([Run(older), Run(plain)])
 
 
 def test_the_averaged_weights_are_released_where_there_are_some(run, home):

@@ -25,11 +25,11 @@ def scales(model, optimizer):
     return dict(found)
 
 
-def test_names_go_with_their_parameters(model):
-    optimizer = torch.optim.AdamW([(name, p) for name, p in model.named_parameters()])
+def test_names_and_scales_go_with_their_parameters(model):
+    optimizer = torch.optim.AdamW([{'params': list(model.named_parameters()), 'lr_scale': 0.4}])
     scale_affect_lr(optimizer, model, 0.5)
     own = dict(model.named_parameters())
-    assert len(optimizer.param_groups) == 2
+    assert [group['lr_scale'] for group in optimizer.param_groups] == [0.4, 0.2]
     for group in optimizer.param_groups:
         assert [id(own[name]) for name in group['param_names']] == [id(p) for p in group['params']]
 
@@ -118,6 +118,7 @@ def test_muon_orthogonalizes_in_float32_only_while_that_optimizer_steps(opt, mon
     ('test_vit', 'affect', 'muon', ('muon', 0.005, 0.01, MUON)),
     ('test_resnet', 'plain', 'lookahead_muon', ('lookahead_muon', 0.02, 0.01, MUON)),
     ('test_resnet', 'plain', 'sgd', ('sgd', 0.05, 5e-4, {})),
+    ('test_resnet', 'plain', 'momentum', ('momentum', 0.05, 5e-4, {})),
     ('test_resnet', 'plain', 'lamb', ('lamb', 5e-4, 0.05, {})),
 ])
 def test_the_usual_recipe(name, task, opt, recipe):

@@ -20,7 +20,7 @@ def way(monkeypatch, now, seconds):
 
 @pytest.mark.parametrize(('first', 'second', 'winner'), [
     ([2.0] * 10, [1.0] * 10, 'second'), ([1.0] * 10, [1.0] * 10, 'first'),
-    ([2.0] * 10, [9.0] * 9 + [1.0], 'second'),  # the best of each counts
+    ([2.0] * 10, [9.0] * 5 + [1.0] + [9.0] * 4, 'second'),  # the best of each counts
 ])
 def test_the_shortest_of_ten_decides_and_of_equal_ones_the_first(monkeypatch, first, second, winner):
     now, threads = [0.0], torch.get_num_threads()

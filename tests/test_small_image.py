@@ -30,7 +30,7 @@ def test_the_new_convolution_of_a_resnet_starts_as_timms():
     assert new.std().item() == pytest.approx(own.std().item(), rel=0.1)
 
 
-@pytest.mark.parametrize(('size', 'patch'), [(32, 4), (48, 6), ((64, 64), 8)])
+@pytest.mark.parametrize(('size', 'patch'), [(8, 1), (32, 4), (48, 6), ((64, 64), 8)])
 def test_vit_sees_64_patches(size, patch):
     model = create_backbone('test_vit', small_image=True, img_size=size)
     assert model.patch_embed.patch_size == (patch, patch)

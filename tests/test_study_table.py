@@ -193,7 +193,8 @@ def test_a_stage_1_that_was_computed_otherwise_is_told_too(folder):
     write_rows(folder / 'stage1.csv', rows, COLUMNS)
     assert ('the runs of seed 1 were computed in different ways in stage 1 (bfloat16, float32). Run the arms'
             in tables(folder))
-    write_rows(folder / 'stage1.csv', rows[:-1], COLUMNS)
+    unused = [row | {'seed': 9} for row in rows[2:]]  # no run above has that seed
+    write_rows(folder / 'stage1.csv', rows[:-1] + unused, COLUMNS)
     assert 'different ways' not in tables(folder)
 
 
@@ -227,6 +228,11 @@ def copied(images, monkeypatch):
     splits = Splits('cifar10', *parts, 'none')
     monkeypatch.setattr(study_table, 'load_target', lambda name, data_dir: splits)
     return splits, parts[2].targets.tolist()
+
+
+@pytest.mark.parametrize(('p', 'text'), [(0.0004, '< 0.001'), (0.001, '0.001'), (0.0044, '0.004')])
+def test_a_small_p_is_not_made_smaller(p, text):
+    assert study_table._p(p) == text
 
 
 def test_the_accuracy_without_copies_leaves_out_near_ones_too(tmp_path, monkeypatch):
