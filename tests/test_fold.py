@@ -66,6 +66,7 @@ def test_a_folded_model_is_fed_and_answers_as_before():
     plain = fold(model)
     assert resolve_model_data_config(plain) == resolve_model_data_config(model)
     assert plain.pretrained_cfg['label_names'] == ('cat', 'dog')
+    assert not {'url', 'file', 'hf_hub_id', 'tag'} & plain.pretrained_cfg.keys()  # of the weights of the stock model
     assert (plain.pretrained_cfg['first_conv'], plain.pretrained_cfg['classifier']) == ('conv1', 'fc')
 
 

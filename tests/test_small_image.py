@@ -80,5 +80,6 @@ def test_refusals(name, size, message):
 ])
 def test_patches_of_another_size_are_no_small_image_form(build):
     build(4)
+    build((4, 4))
     with pytest.raises(ValueError, match=r'small_image=True gives \w+ patches of 4x4 at \S+ px, and patch_size=2 asks'):
         build(2)

@@ -63,6 +63,8 @@ def test_plain_alone_is_a_setting(tmp_path):
     setting, = read_settings(tmp_path)
     assert setting.title == 'resnet10t: cifar10, all training images'
     assert '| plain | 1 | 66.00 | 67.00 |  |  | 5 |' in tables(tmp_path)
+    write_run(tmp_path, 'init', 0, 70.0)  # of another number of images
+    assert [list(setting.arms) for setting in read_settings(tmp_path)] == [['plain'], ['init']]
 
 
 def test_tables_of_some_seeds_write_nothing(folder, capsys):

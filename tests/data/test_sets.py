@@ -152,3 +152,7 @@ def test_a_digest_changes_with_all_that_a_resumed_run_must_find_again():
         'a part': digest(parts=([1], [0], [2])), 'a size': digest(parts=([0, 1], [1], [2]))}
     assert len(set(changed.values())) == len(changed), changed
     assert digest(files=('/elsewhere/data/a/0.png', 'a/1.png', 'b/2.png')) == changed['nothing']  # it may have moved
+    decoded = ImageSet(np.zeros((3, 8, 8), np.uint8), torch.tensor([0, 0, 1]), Target('class', ('a', 'b')))
+    borders = [Splits('own', *(decoded.subset(part) for part in parts), 'free').digest()
+               for parts in (([0, 1], [1], [2]), ([0], [1, 1], [2]))]
+    assert len(set(borders)) == 2
