@@ -65,6 +65,7 @@ from timm_emoreg.experience import (
     untrained_experience,
 )
 from timm_emoreg.files import write_text
+from timm_emoreg.metrics import wide_dtype
 from timm_emoreg.optim import MUON, orthogonalize_in_float32, scale_affect_lr, usual_recipe
 from timm_emoreg.peak_memory import peak_memory_gb
 from timm_emoreg.precision import autocast_in, choose_precision, emulates_bfloat16
@@ -345,7 +346,7 @@ def train_epoch(epoch, first_step, task, loader, optimizer, scheduler, scaler, a
     task.train()
     accumulate = args.grad_accum_steps
     updates = len(loader) // accumulate
-    wide = torch.float32 if task.device.type == 'mps' else torch.float64  # which MPS has not
+    wide = wide_dtype(task.device)
     sums = {name: torch.tensor(value, dtype=wide, device=task.device) for name, value in args.sums.items()}
     loader.set_epoch(epoch, first_step)
     steps = range(first_step, updates * accumulate)

@@ -102,16 +102,15 @@ def _from_checkpoint(path: Path) -> Experience:
     task = checkpoint.get('task_state')
     if not isinstance(task, dict) or not {'target_kind', 'names'} <= task.keys():
         raise CheckpointError(f"{path}: was not written by stage 1 (--task affect). Give stage 1's model_best.pth.tar.")
-    names = tuple(task['names'])
-    kind = 'ratings' if task['target_kind'] == 'ratings' else 'emotion'
+    answers = Target(task['target_kind'], tuple(task['names']))
     args = checkpoint.get('args')
     unfinished = ''
     if (path.resolve().parents[1] / 'args.json').is_file() and not (path.parent / 'result.json').is_file():
         unfinished = f'; its training was not finished, this is epoch {checkpoint["epoch"] + 1}'
     # the averaged weights are the ones that stage 1 judged and kept
-    return Experience(str(path), checkpoint.get('state_dict_ema') or checkpoint['state_dict'], kind, len(names), names,
-                      getattr(args, 'backbone', ''), getattr(args, 'small_image', None), unfinished,
-                      getattr(args, 'model_kwargs', None))
+    return Experience(str(path), checkpoint.get('state_dict_ema') or checkpoint['state_dict'], answers.affect_kind,
+                      len(answers), answers.names, getattr(args, 'backbone', ''), getattr(args, 'small_image', None),
+                      unfinished, getattr(args, 'model_kwargs', None))
 
 
 def find_experience(where: str) -> Experience:

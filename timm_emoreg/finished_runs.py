@@ -10,13 +10,14 @@ from typing import Any
 
 import timm_emoreg
 
+from .settings import LABELS_OF_STAGE_1, REGULATION
+
 __all__ = ['ROOT', 'HubError', 'Run', 'check_baseline', 'check_same_recipe', 'recipe_of', 'summary_of']
 
 ROOT = Path(timm_emoreg.__file__).resolve().parents[1]
 MACHINE = ('output', 'experiment', 'resume', 'data_dir', 'device', 'workers', 'log_interval', 'seed')
-OF_STAGE_1 = ('stimuli', 'stimuli_labels', 'shuffle_stimuli_labels', 'rating_columns', 'rating_scale', 'affect_epochs')
-OF_REGULATION = ('balance', 'balanced_in', 'modulation', 'separate_experience', 'keep_affect', 'rehearsal',
-                 'affect_lr_scale')
+OF_STAGE_1 = ('stimuli', *LABELS_OF_STAGE_1, 'rating_scale', 'affect_epochs')
+OF_REGULATION = (*REGULATION, 'rehearsal')
 OF_STAGE_2 = ('dataset', 'train_images', *OF_REGULATION, 'mixup', 'cutmix')
 NOT_OF_PLAIN = ('task', 'experience', *OF_STAGE_1, *OF_REGULATION)
 

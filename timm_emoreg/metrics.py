@@ -17,10 +17,12 @@ import torch.distributed as dist
 from timm.task import ClassificationEvaluator
 from torch import Tensor
 
-__all__ = ['EmotionEvaluator', 'RatingEvaluator', 'concordance', 'pearson', 'rmse', 'unweighted_average_recall']
+__all__ = ['EmotionEvaluator', 'RatingEvaluator', 'concordance', 'pearson', 'rmse', 'unweighted_average_recall',
+           'wide_dtype']
 
 
-def _wide_dtype(device: torch.device) -> torch.dtype:
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """The type to sum in on `device`."""
     return torch.float32 if device.type == 'mps' else torch.float64
 
 
@@ -42,7 +44,7 @@ def _check_ratings(name: str, prediction: Tensor, target: Tensor, min_samples: i
 def _widen(prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor, torch.dtype]:
     """Both tensors in the wide type, and the type of the result: the inputs' own, but never below float32."""
     result_dtype = torch.promote_types(torch.promote_types(prediction.dtype, target.dtype), torch.float32)
-    dtype = _wide_dtype(prediction.device)
+    dtype = wide_dtype(prediction.device)
     return prediction.to(dtype), target.to(dtype), result_dtype
 
 
@@ -170,7 +172,7 @@ def _count_hits(prediction_index: Tensor, target_index: Tensor, num_classes: int
 
 
 def _mean_recall(counts: Tensor) -> Tensor:
-    hits, totals = counts.to(_wide_dtype(counts.device))
+    hits, totals = counts.to(wide_dtype(counts.device))
     recall = hits / totals.clamp(min=1)
     return recall.sum() / (totals > 0).sum().clamp(min=1)
 
@@ -275,7 +277,7 @@ class RatingEvaluator:
     def reset(self) -> None:
         self.num_samples = 0
         # Rows: the five of _moments, then the sum of squared errors, which derived from them would cancel badly.
-        self.state = torch.zeros(6, len(self.names), dtype=_wide_dtype(self.device), device=self.device)
+        self.state = torch.zeros(6, len(self.names), dtype=wide_dtype(self.device), device=self.device)
 
     @torch.no_grad()
     def update(self, output: Tensor, target: Tensor) -> None:

@@ -23,7 +23,7 @@ import timm_emoreg
 from .cards import make_card, make_config
 from .checkpoint import load_training_checkpoint
 from .commit import project_commit
-from .data import STIMULI, TARGETS, load_target
+from .data import STIMULI, TARGETS, Target, load_target
 from .experience import find_experience, of_the_form
 from .files import replacing
 from .finished_runs import ROOT, HubError, Run, check_baseline, check_same_recipe, recipe_of, summary_of
@@ -137,12 +137,12 @@ def _released_state(weight: Weight, place: Home) -> dict[str, Tensor]:
 
 def _origin_of_stage_1(run: Run) -> Origin:
     state = load_training_checkpoint(run.checkpoint)['task_state']
-    kind = 'ratings' if state['target_kind'] == 'ratings' else 'emotion'
+    answers = Target(state['target_kind'], tuple(state['names']))
     base = None
     if run.args.get('pretrained_backbone'):
         cfg = timm.get_pretrained_cfg(timm_emoreg.BACKBONES[run.result['model']])
         base = f'{cfg.architecture}.{cfg.tag}'
-    return Origin(*_known_stimuli(run.args), tuple(state['names']), kind, base)
+    return Origin(*_known_stimuli(run.args), answers.names, answers.affect_kind, base)
 
 
 def _origin_of_stage_2(run: Run, experience: str | None, place: Home) -> Origin:

@@ -102,7 +102,7 @@ def _balance(axis, trained: Trained, balance: Tensor) -> None:
     axis.set_title(f'balance r, {kind}: the same for every image', fontsize=10, loc='left')
 
 
-def _gallery(figure, trained: Trained, answers: Answers, images: ImageSet, changes: Changes) -> None:
+def _gallery(figure, answers: Answers, images: ImageSet, changes: Changes) -> None:
     shown = [kind for kind in KINDS if len(getattr(changes, kind))]
     if not shown:
         return
@@ -159,5 +159,5 @@ def draw_set(trained: Trained, name: str, images: ImageSet, answers: Answers, pa
     _balance(panels[0], trained, answers.balance)
     _accuracy(panels[1], answers, images.targets)
     _changes(panels[2], changes, len(images))
-    _gallery(lower, trained, answers, images, changes)
+    _gallery(lower, answers, images, changes)
     save(figure, path)

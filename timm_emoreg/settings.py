@@ -25,8 +25,8 @@ from .regulation import check_regulation
 from .run_folder import DamagedError, read_json
 from .small_image import LARGEST_SIZE, has_small_image_form
 
-__all__ = ['REGULATION', 'SettingsError', 'backbone_args', 'batch_of_a_step', 'check_tag', 'complete_settings',
-           'shapes_stage_1']
+__all__ = ['LABELS_OF_STAGE_1', 'REGULATION', 'SettingsError', 'backbone_args', 'batch_of_a_step', 'check_tag',
+           'complete_settings', 'shapes_stage_1']
 
 LABELS_OF_STAGE_1 = ('stimuli_labels', 'shuffle_stimuli_labels', 'rating_columns')
 # arguments of a timm model that have a flag of their own

@@ -11,7 +11,7 @@ from .drawing import save, short
 from .study_grid import ARMS, read_rows
 from .study_table import Setting, compare, controls
 
-__all__ = ['STYLES', 'draw_forest', 'draw_learning_curves', 'save']
+__all__ = ['STYLES', 'draw_forest', 'draw_learning_curves']
 
 # of Okabe and Ito's colours, told apart by colour-blind readers too; line and marker tell the arms apart without colour
 STYLES = dict(zip(ARMS, (

@@ -14,6 +14,7 @@ from timm.utils import unwrap_model
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .data import Target
 from .emoreg import EmoReg
 from .metrics import EmotionEvaluator, RatingEvaluator, concordance
 from .regulation import check_regulation, regulate
@@ -96,7 +97,7 @@ class AffectTask(ClassificationTask):
         if model.experience != 'shared':
             raise ValueError(f'Stage 1 trains one backbone, but the model has experience={model.experience!r}. Build '
                              "it with experience='shared'; load_experience puts its weights into the frozen stream.")
-        needed = 'ratings' if target_kind == 'ratings' else 'emotion'
+        needed = Target(target_kind, tuple(names)).affect_kind
         if (model.affect_kind, model.num_affect) != (needed, len(names)):
             raise ValueError(
                 f'The stimuli ask for affect_kind={needed!r} with num_affect={len(names)} ({", ".join(names)}), the '

@@ -15,7 +15,7 @@ from torch import nn
 from . import BACKBONES, EmoReg, zoo
 from .backbone import OF_THE_WEIGHTS, create_backbone
 from .checkpoint import CheckpointError, load_training_checkpoint
-from .data import DataError
+from .data import DataError, Target
 from .data.choices import unknown_choice
 from .experience import Experience, find_experience
 from .settings import backbone_args
@@ -174,7 +174,8 @@ def trained_model(where: str | Path, experience: str | None = None) -> Trained:
         return _plain_model(where, path, args, state)
     task = checkpoint.get('task_state') or {}
     if 'names' in task:
-        names, kind = tuple(task['names']), 'ratings' if task['target_kind'] == 'ratings' else 'emotion'
+        answers = Target(task['target_kind'], tuple(task['names']))
+        names, kind = answers.names, answers.affect_kind
     else:
         found = _experience_of(path, args, experience)
         names, kind = found.names, found.affect_kind
