@@ -15,6 +15,7 @@ import argparse
 import gc
 import json
 import math
+import os
 import shlex
 import signal
 import sys
@@ -255,6 +256,11 @@ def checked_model(args, task: str, splits, experience: Experience | None, batch_
         model = build_model(args, task, splits, experience)
         if args.grad_checkpointing:
             model.set_grad_checkpointing()
+    except OSError as e:
+        if not args.pretrained_backbone:
+            raise
+        raise ModelError(f'--pretrained-backbone: the weights of {args.backbone} cannot be had ({reason_of(e)}). Leave '
+                         'it out, or try again with a connection.') from e
     except CANNOT_BUILD as e:
         raise ModelError(f'--model {args.model} cannot be built so: {reason_of(e)}. Change --model-kwargs, --img-size, '
                          '--small-image, --grad-checkpointing or --experience.') from e
@@ -473,6 +479,8 @@ def run_stage(args, task_name: str, splits, device, experience: Experience | Non
     args.start = time.perf_counter()
     # a checkpoint holds the settings, and the data may change
     args.label_names = splits.target.names
+    if task_name == 'emoreg':  # those of an untrained affect response stand nowhere else
+        args.affect_names, args.affect_kind = experience.names, experience.affect_kind
     args.data_digest = [splits.digest(), stimuli.digest() if stimuli else None]
     batch_size = batch_of_a_step(args, task_name, splits, stimuli)
     args.whole_batch = batch_size * args.world_size * args.grad_accum_steps  # where it could not be divided evenly
@@ -672,7 +680,11 @@ def run(args) -> None:
 
 
 def resume_command(args) -> str:
-    return f'python train.py --resume {shlex.quote(str(Path(args.output) / args.experiment))}'
+    launcher = 'python'
+    if args.distributed:
+        each = os.environ.get('LOCAL_WORLD_SIZE', args.world_size)
+        launcher = 'srun python' if 'SLURM_PROCID' in os.environ else f'torchrun --nproc-per-node {each}'
+    return f'{launcher} train.py --resume {shlex.quote(str(Path(args.output) / args.experiment))}'
 
 
 def last_good(args) -> Path | None:

@@ -122,7 +122,7 @@ def test_a_signal_to_one_process_stops_both_at_the_same_update(two, tmp_path, fo
                  prepare=(None, partial(signal_at_step, 9)))
     (status, first), (other_status, second) = [run.end() for run in runs]
     assert (status, other_status) == (128 + signal.SIGTERM, 128 + signal.SIGTERM), first + second
-    assert f'stopped. Go on with: python train.py --resume {tmp_path / "run"}' in first
+    assert f'stopped. Go on with: torchrun --nproc-per-node 2 train.py --resume {tmp_path / "run"}' in first
     assert second == ''
     assert [p.name for p in (tmp_path / 'run/plain').glob('recovery*')] == ['recovery-1-4.pth.tar']  # one update later
     for run in start('--resume', tmp_path / 'run', '--device', 'cpu'):
@@ -174,7 +174,8 @@ def test_a_killed_process_ends_the_other_with_a_message(tmp_path, folder, killed
     assert left.exitcode == 1
     last = runs[1 - killed].end()[1].splitlines()[-1]
     assert last.startswith(f'train.py: process {1 - killed} of 2 lost another one (')
-    assert last.endswith(f'whose own message says why. Go on with: python train.py --resume {tmp_path / "run"}')
+    assert last.endswith('whose own message says why. Go on with: torchrun --nproc-per-node 2 train.py --resume '
+                         f'{tmp_path / "run"}')
     assert 'Traceback' not in runs[1 - killed].text
 
 

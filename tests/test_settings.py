@@ -71,6 +71,8 @@ from timm_emoreg.settings import batch_of_a_step
     (('--model-kwargs', 'features_only=True'), '--model-kwargs features_only=True: gives feature maps, and no classes'),
     (('--model', 'resnet18.foo'), "--model resnet18.foo: resnet18 has no tag 'foo'. Known: a1_in1k, "),
     (('--torchcompile', 'foo'), 'argument --torchcompile: expected a backend of torch.compile (cudagraphs, inductor, '),
+    (('--cutout', '32', '--img-size', '32'), '--cutout 32: would leave nothing of images of 32 px. Choose a smaller'),
+    (('--cutout', '16', '--start-img-size', '16'), '--cutout 16: would leave nothing of images of 16 px'),
     (('--layer-decay', '5'), '--layer-decay: expected a number above 0, up to 1, got 5'),
     (('--momentum', '3'), '--momentum: expected a number from 0 to below 1, got 3'),
     (('--experiment', '../x'), '--experiment ../x: names a folder in --output, and is no path'),

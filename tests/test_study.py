@@ -215,6 +215,8 @@ def test_time_left_is_that_of_like_runs(run, tmp_path, monkeypatch):
     assert parts.seconds_left([init]) == 3
     assert parts.seconds_left([random]) == pytest.approx(3 * (10 + 2) / 2 / 2)  # the median of the target's
     assert parts.seconds_left([init], [(plain, 20.0), (init, 100.0)]) == 3 + 5
+    parts.starts = [4.0, 4.0, 90.0]  # what a run takes beside its own seconds
+    assert parts.seconds_left([init], [(plain, 20.0), (init, 100.0)]) == 3 + 5 + 2 * 4 / 2
     assert Study(tmp_path / 'none', FAKE).seconds_left([plain]) is None
 
 
@@ -231,7 +233,7 @@ def test_time_left_is_that_of_like_runs(run, tmp_path, monkeypatch):
     (('--rating-columns', 'joy', '--rating-scale', '1', '7'), '--stimuli emoji: a csv needs both --rating-columns and'),
     (('--affect-flags', '--lr 1 --seed 3'), '--seed: is set by the study'),
     (('--train-script', 'nowhere.py'), 'nowhere.py: there is no training script'),
-    (('--', '--epochs=3'), '--epochs=3: is set by the study'),
+    (('--', '--epochs=3'), "--epochs=3: is set by the study. Use the study's own option for that, before the '--'."),
     (('--', '--rehearsal', '1'), '--rehearsal: is not for every arm, as it needs the dual head. Give it to arms'),
     (('--', '--no-modulation'), '--no-modulation: is not for every arm, as it needs the dual head'),
     (('--models', 'test_resnet.zz'), "--model test_resnet.zz: test_resnet has no tag 'zz'. Known: r160_in1k."),

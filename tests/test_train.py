@@ -422,6 +422,17 @@ def test_weights_that_are_not_finite_are_not_kept_by_a_stop(run, train, tmp_path
     assert os.listdir(tmp_path) == []
 
 
+def test_weights_that_cannot_be_fetched_are_named_and_leave_the_name_free(run, train, tmp_path, folder, monkeypatch):
+    def unreachable(*_):
+        raise FileNotFoundError('the Hub cannot be reached.\nMore.')
+
+    monkeypatch.setattr(train, 'build_model', unreachable)
+    status, _, err = run('--task', 'plain', '--dataset', folder, '--pretrained-backbone')
+    assert (status, err) == (2, 'train.py: --pretrained-backbone: the weights of test_resnet cannot be had (the Hub '
+                                'cannot be reached). Leave it out, or try again with a connection.\n')
+    assert os.listdir(tmp_path) == []
+
+
 def test_a_device_with_too_little_memory_is_named(run, train, tmp_path, folder, monkeypatch):
     epoch = train.train_epoch
 

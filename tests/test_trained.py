@@ -89,9 +89,21 @@ def test_an_experience_of_another_form_is_refused(run, tmp_path):
         trained_model(change(run, tmp_path), experience='emoreg_resnet18.emoji')
 
 
-def test_a_run_without_experience_is_refused(run, tmp_path):
+@pytest.mark.parametrize(('names', 'expected'), [(('joy', 'fear', 'calm'), ('joy', 'fear', 'calm')),
+                                                 ((), ('affect 1', 'affect 2', 'affect 3'))])
+def test_a_run_without_experience(run, tmp_path, names, expected):
+    changed = change(run, tmp_path, experience='none', affect_names=names, affect_kind='ratings')
+    trained = trained_model(changed)
+    assert (trained.affect_names, trained.model.affect_kind) == (expected, 'ratings')
+
+
+def test_an_older_run_without_experience_is_refused(run, tmp_path):
+    older = change(run, tmp_path, experience='none') / 'model_best.pth.tar'
+    state = torch.load(older, weights_only=False)
+    del state['args'].affect_kind
+    torch.save(state, older)
     with pytest.raises(CheckpointError, match='--experience none, so its affect response was never taught'):
-        trained_model(change(run, tmp_path, experience='none'))
+        trained_model(older)
 
 
 def test_classes_keep_the_names_that_they_were_trained_under(run, tmp_path):

@@ -31,8 +31,10 @@ def _heat_map(figure, trained: Trained, answers: Answers, images: ImageSet) -> N
         seen = seen[difference[seen].abs().amax(dim=1).topk(MOST_CLASSES).indices].sort().values
     shown = difference[seen].numpy()
     most_different = float(np.abs(shown).max())
-    limit = max(most_different, 0.01)
-    digits = max(2, 1 - math.floor(math.log10(limit)))
+    spread = largest_error(error)
+    noise = max(2 * (spread or 0), 0.01)
+    limit = max(most_different, noise)  # what may be chance is not drawn at full colour
+    digits = max(2, 1 - math.floor(math.log10(max(most_different, 0.01))))
     axis = figure.subplots()
     drawn = axis.imshow(shown, cmap='RdBu_r', vmin=-limit, vmax=limit, aspect='auto')
     if len(seen) <= MOST_WRITTEN:
@@ -49,11 +51,10 @@ def _heat_map(figure, trained: Trained, answers: Answers, images: ImageSet) -> N
     below.set_xticks(range(len(average)), [f'{m:.2f}' for m in average.tolist()], fontsize=8)
     below.tick_params(length=0)
     most = f' (the {len(seen)} that differ most)' if len(seen) < len(found) else ''
-    spread = largest_error(error)
     below.set_xlabel(f'mean over the classes of the affective state\ncells: each class{most} less that mean, '
                      + ('one image a class' if spread is None else f'standard error at most {spread:.3f}')
                      + (f'\nno class is further from the mean than {most_different:.1g}: the state hardly tells them '
-                        'apart' if most_different < 0.01 else ''), fontsize=8)
+                        'apart' if most_different < noise else ''), fontsize=8)
     bar = figure.colorbar(drawn, ax=axis, fraction=0.05, aspect=30)
     bar.ax.tick_params(labelsize=7)
 

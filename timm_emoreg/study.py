@@ -132,6 +132,7 @@ class Study:
     def __init__(self, folder: Path, script: Path, devices: Sequence[str] = ('cpu',), jobs: int = 1, threads: int = 1,
                  data_dir: str | None = None, keep_checkpoints: bool = False, ratings: Ratings | None = None):
         self.folder, self.script, self.devices, self.jobs, self.threads = folder, script, devices, jobs, threads
+        self.starts: list[float] = []  # seconds of each run before it counts its own
         self.data_dir, self.keep_checkpoints, self.ratings = data_dir, keep_checkpoints, ratings or Ratings()
         self.rows = {name: read_rows(folder / name) for name in ('results.csv', 'stage1.csv')}
         self.signals: list[int] = []
@@ -284,7 +285,9 @@ class Study:
             return statistics.median(pace[kind]) * run.epochs * images_seen(run, self.data_dir, self.ratings)
 
         try:
-            total = sum(estimate(run) for run in waiting) + sum(max(estimate(r) - passed, 0) for r, passed in running)
+            start = statistics.median(self.starts) if self.starts else 0.0
+            total = sum(start + estimate(run) for run in waiting) + sum(
+                max(start + estimate(r) - passed, 0) for r, passed in running)
         except DataError:  # the runs that need the set will fail and say so; the others go on
             return None
         return total / self.jobs
@@ -331,13 +334,14 @@ class Study:
                     for _, process, _ in running.values():
                         process.terminate() if stopped == 1 else process.kill()
                 time.sleep(0.05)
-                for slot, (run, process, _) in list(running.items()):
+                for slot, (run, process, began) in list(running.items()):
                     if process.poll() is None:
                         continue
                     del running[slot]
                     log = self.folder / 'logs' / f'{run.key}.log'
                     if process.returncode == 0 and self._result(run).is_file():
                         row = self._take(run)
+                        self.starts.append(max(time.monotonic() - began - row['seconds'], 0.0))
                         done.add(run.key)
                         outcome = f'{row["metric"]} {row["test"]:.4g}, {row["seconds"]:.0f} s'
                     else:
@@ -447,7 +451,7 @@ def _check(args: argparse.Namespace) -> None:
     for flag in (*args.flags, *args.affect_flags, *args.target_flags):
         name = flag[2:].split('=')[0] if flag.startswith('--') else ''
         if name in RESERVED:
-            raise StudyError(f"{flag}: is set by the study. Use the study's own option for that.")
+            raise StudyError(f"{flag}: is set by the study. Use the study's own option for that, before the '--'.")
         if name in OF_THE_DUAL_HEAD:
             raise StudyError(f'{flag}: is not for every arm, as it needs the dual head. Give it to arms, such as '
                              'regulated:rehearsal=1 and its controls.')

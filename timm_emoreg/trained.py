@@ -115,10 +115,15 @@ def released_model(name: str) -> Trained:
         raise DataError(f'--model {name}: takes images of {channels} channels, and pictures are read as RGB. Give a '
                         'weight that takes 3.')
     if len(names) != model.num_affect:
-        names = tuple(f'affect {i + 1}' for i in range(model.num_affect))
+        names = _numbered(model.num_affect)
     labels = tuple(model.pretrained_cfg.get('label_names') or ())
     return Trained(name, model.eval(), resolve_model_data_config(model)['input_size'][1:], names,
                    labels if len(labels) == model.num_classes else ())
+
+
+def _numbered(count: int) -> tuple[str, ...]:
+    """Names of affect outputs that have none."""
+    return tuple(f'affect {i + 1}' for i in range(count))
 
 
 def _find_checkpoint(where: Path) -> Path:
@@ -173,7 +178,10 @@ def trained_model(where: str | Path, experience: str | None = None) -> Trained:
             raise _no_affect(str(path))
         return _plain_model(where, path, args, state)
     task = checkpoint.get('task_state') or {}
-    if 'names' in task:
+    if args['experience'] == 'none' and experience is None and 'affect_kind' in args:
+        names, kind = args['affect_names'], args['affect_kind']
+        names = names or _numbered(len(state['head_affect.weight']))
+    elif 'names' in task:
         answers = Target(task['target_kind'], tuple(task['names']))
         names, kind = answers.names, answers.affect_kind
     else:

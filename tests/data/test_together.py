@@ -66,7 +66,7 @@ def test_pictures_of_several_sizes_make_batches_of_one(sets, kind):
     assert (images[:, 0, 4, 4] * 255).round().tolist() == shades
 
 
-def test_a_picture_of_an_evaluation_part_is_in_no_earlier_part():
+def test_a_picture_of_an_evaluation_part_is_in_no_earlier_part(caplog):
     def one(name, *shades):
         sizes = {('b', 3): (4, 16)}  # as many pixels, and another picture
         parts = [ImageSet([np.full(sizes.get((name, shade), (8, 8)), shade, np.uint8) for shade in part],
@@ -76,6 +76,9 @@ def test_a_picture_of_an_evaluation_part_is_in_no_earlier_part():
     both = show_together([one('a', [1, 2, 3], [4, 5], [6]), one('b', [4, 6, 7], [1, 6, 8], [2, 9, 3])])
     assert [[int(np.array(part.picture(i))[0, 0, 0]) for i in range(len(part))]
             for part in (both.train, both.validation, both.test)] == [[3, 7], [4, 5, 1, 8], [6, 2, 9, 3]]
+    assert caplog.messages == ['a+b: left out 4 training and 1 validation pictures that are exact copies of evaluation '
+                               'pictures.']
+    assert caplog.records[0].levelname == 'WARNING'  # which is printed where nobody has set up logging
 
 
 def test_things_of_several_sets_stay_apart():

@@ -62,7 +62,7 @@ def _without_copies(splits: Splits) -> Splits:
     left_out = len(train) - len(kept[0]), len(validation) - len(kept[1])
     if not any(left_out):
         return splits
-    _logger.info('%s: left out %d training and %d validation pictures that are exact copies of evaluation pictures.',
+    _logger.warning('%s: left out %d training and %d validation pictures that are exact copies of evaluation pictures.',
                  splits.name, *left_out)
     return replace(splits, train=splits.train.subset(kept[0]), validation=splits.validation.subset(kept[1]))
 
