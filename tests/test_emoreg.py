@@ -9,6 +9,7 @@ import timm
 import torch
 from backbone_sweep import layer_decay
 from timm.data import resolve_model_data_config
+from timm.layers import resample_abs_pos_embed
 from timm.models import PretrainedCfg, get_model_args, get_model_input_config, group_parameters
 from timm.models._hub import save_for_hf
 from timm.optim import create_optimizer_v2
@@ -667,6 +668,22 @@ def test_load_experience(experience):
     assert torch.equal(model.forward_affect(images()), first.eval().forward_affect(images()))
     untouched = HEADS if experience == 'shared' else (*HEADS, 'backbone.')
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items() if k.startswith(untouched))
+
+
+@pytest.mark.parametrize('experience', ['shared', 'separate'])
+def test_experience_of_another_image_size_is_resized_as_timm_resizes_weights(experience):
+    torch.manual_seed(9)
+    first = timm.create_model('emoreg', backbone='test_vit', img_size=64, num_classes=0)
+    model = timm.create_model('emoreg', backbone='test_vit', img_size=96, num_classes=4, experience=experience)
+    model.load_experience(first.state_dict())
+    stream = model.backbone if experience == 'shared' else model.backbone_emo
+    expected = resample_abs_pos_embed(first.backbone.pos_embed, [6, 6], num_prefix_tokens=1)
+    assert torch.equal(stream.pos_embed, expected)
+    assert torch.equal(stream.blocks[0].attn.qkv.weight, first.backbone.blocks[0].attn.qkv.weight)
+    mixer = [timm.create_model('emoreg', backbone='mixer_s32_224', img_size=s, num_classes=0) for s in (64, 96)]
+    with pytest.raises(ValueError, match=r"mlp_tokens.fc1.weight' of the experience has shape \(256, 4\), the model "
+                                         r'needs \(256, 9\). Use the same model, form \(small_image, img_size\)'):
+        mixer[1].load_experience(mixer[0].state_dict())  # whose family has no filter for it
 
 
 def test_experience_of_another_architecture_is_refused():

@@ -135,6 +135,19 @@ def test_a_backbone_takes_an_experience_whatever_goes_with_its_classifier(backbo
             load_backbone(plain, Experience('here', {**other, 'backbone.x': torch.zeros(1)}, 'emotion', 8))
 
 
+def test_a_backbone_takes_an_experience_of_another_image_size():
+    stage_1 = timm.create_model('emoreg', backbone='test_vit', img_size=64, num_classes=0)
+    plain = timm.create_model('test_vit', img_size=96, num_classes=5)
+    experience = Experience('here', stage_1.state_dict(), 'emotion', 8)
+    load_backbone(plain, experience)
+    both = timm.create_model('emoreg', backbone='test_vit', img_size=96, num_classes=5)
+    both.load_experience(experience.state_dict)
+    assert torch.equal(plain.pos_embed, both.backbone.pos_embed)
+    wider = Experience('here', {**experience.state_dict, 'backbone.norm.weight': torch.ones(128)}, 'emotion', 8)
+    with pytest.raises(CheckpointError, match=r"the first difference is 'norm\.weight'"):
+        load_backbone(plain, wider)
+
+
 def test_released_experience_is_of_the_same_architecture_form_and_size():
     name = released_experience('emoreg_resnet18', True, 32)
     assert name == 'emoreg_resnet18.emoji'

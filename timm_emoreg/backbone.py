@@ -18,7 +18,8 @@ from .small_image import DEFAULT_SIZE, small_image_args, small_image_stem
 from .zoo import whole_image_cfg
 
 __all__ = ['Classifier', 'backbone_cfg', 'check_backbone', 'check_backbone_name', 'checkpoint_filter_fn',
-           'create_backbone', 'pooling', 'prefixed', 'put_classifier', 'remove_classifier', 'small_image_cfg']
+           'create_backbone', 'pooling', 'prefixed', 'put_classifier', 'remove_classifier', 'resized',
+           'small_image_cfg']
 
 # Families that apply their dropout after pre_logits, by a function call or a module beside the classifier. Where it is
 # part of the classifier (LeViT ...) it is found there, and everywhere else it is applied within pre_logits.
@@ -276,6 +277,29 @@ def _check_keys(state_dict: dict[str, Tensor], model: nn.Module) -> None:
                      'from: the same backbone, small_image, img_size and num_affect.')
 
 
+def _fitted_by_family(state_dict: dict[str, Tensor], backbone: nn.Module) -> dict[str, Tensor]:
+    family_filter = getattr(sys.modules[type(backbone).__module__], 'checkpoint_filter_fn', None)
+    if family_filter is None or not state_dict:
+        return state_dict
+    takes_model = len(inspect.signature(family_filter).parameters) > 1
+    return family_filter(state_dict, backbone) if takes_model else family_filter(state_dict)
+
+
+def resized(state_dict: dict[str, Tensor], backbone: nn.Module) -> dict[str, Tensor]:
+    """The state of a backbone of the same architecture, which may have been built for images of another size.
+
+    The family's own filter resizes what depends on the size (position embeddings and patches of a ViT, for instance).
+    Where every shape agrees, and where the filter cannot make anything of it, the state comes back as it is.
+    """
+    own = {k: v.shape for k, v in backbone.state_dict().items()}
+    if state_dict.keys() != own.keys() or all(v.shape == own[k] for k, v in state_dict.items()):
+        return state_dict
+    try:
+        return _fitted_by_family(dict(state_dict), backbone)
+    except (AssertionError, RuntimeError, ValueError):  # of another width or depth; whoever loads it says so
+        return state_dict
+
+
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Fit a checkpoint to an EmoReg `model`: one of our own, or a bare timm checkpoint of its backbone.
 
@@ -290,17 +314,10 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
     bare = not any(key.startswith('backbone.') for key in state_dict)
     streams = ('backbone',) if model.backbone_emo is None else ('backbone', 'backbone_emo')
     prefixes = tuple(f'{stream}.' for stream in streams)
-    family_filter = getattr(sys.modules[type(model.backbone).__module__], 'checkpoint_filter_fn', None)
-
-    def fitted_by_family(inner: dict[str, Tensor]) -> dict[str, Tensor]:
-        if family_filter is None or not inner:
-            return inner
-        takes_model = len(inspect.signature(family_filter).parameters) > 1
-        return family_filter(inner, model.backbone) if takes_model else family_filter(inner)
 
     fitted = {k: v for k, v in (model.state_dict() if bare else state_dict).items() if not k.startswith(prefixes)}
     if bare:
-        classifier, inner = _classifier_of_bare(fitted_by_family(dict(state_dict)), model.backbone)
+        classifier, inner = _classifier_of_bare(_fitted_by_family(dict(state_dict), model.backbone), model.backbone)
         fitted |= {prefix + k: v for prefix in prefixes for k, v in inner.items()}
         if classifier.weight is not None and model.num_classes:
             fitted['head.weight'] = fitted['head_emo.weight'] = classifier.weight
@@ -308,7 +325,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
     else:
         for prefix in prefixes:
             inner = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
-            fitted |= {prefix + k: v for k, v in fitted_by_family(inner).items()}
+            fitted |= {prefix + k: v for k, v in _fitted_by_family(inner, model.backbone).items()}
     _check_keys(fitted, model)
     return fitted
 

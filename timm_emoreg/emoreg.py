@@ -29,6 +29,7 @@ from .backbone import (
     pooling,
     prefixed,
     remove_classifier,
+    resized,
     small_image_cfg,
 )
 from .regulation import AffectiveState, Balance, Modulation, Responses, check_regulation, regulate
@@ -488,12 +489,16 @@ class EmoReg(nn.Module):
     def load_experience(self, state_dict: dict[str, Tensor]) -> None:
         """Take backbone and affect response from the state of an affectively pre-trained EmoReg (stage 1).
 
-        With ``experience='separate'`` they go to the frozen second stream, and the first one stays as it is.
+        With ``experience='separate'`` they go to the frozen second stream, and the first one stays as it is. Stage 1
+        may have seen images of another size: what depends on it (position embeddings and patches of a ViT, for
+        instance) is resized by the filter of the backbone's family.
 
         Raises:
             ValueError: If a tensor is missing, unknown, or has another shape; nothing is changed then.
         """
         stream = 'backbone' if self.backbone_emo is None else 'backbone_emo'
+        backbone = {k.removeprefix('backbone.'): v for k, v in state_dict.items() if k.startswith('backbone.')}
+        state_dict = {**state_dict, **{f'backbone.{k}': v for k, v in resized(backbone, self.backbone).items()}}
         own = {k: v for k, v in self.state_dict().items() if k.startswith((f'{stream}.', 'head_affect.'))}
         loaded = {}
         for key, value in own.items():

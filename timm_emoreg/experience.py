@@ -14,6 +14,7 @@ import timm
 from torch import Tensor, nn
 
 from . import BACKBONES, EmoReg, zoo
+from .backbone import resized
 from .checkpoint import CheckpointError, load_training_checkpoint
 from .data import DataError, Splits, Target
 from .small_image import DEFAULT_SIZE, LARGEST_SIZE
@@ -173,6 +174,8 @@ def untrained_experience(target: Target | None = None) -> Experience:
 def load_backbone(model: nn.Module, experience: Experience) -> None:
     """Start a bare timm model from the backbone of an experience; its classifier keeps its initial weights.
 
+    As with `EmoReg.load_experience`, stage 1 may have seen images of another size.
+
     Raises:
         CheckpointError: If a tensor is missing, unknown, or has another shape; nothing is changed then.
     """
@@ -180,6 +183,7 @@ def load_backbone(model: nn.Module, experience: Experience) -> None:
     bare.reset_classifier(0)  # some families lose a norm or an MLP with their classifier
     own = {k: v.shape for k, v in bare.state_dict().items()}
     given = {k.removeprefix('backbone.'): v for k, v in experience.state_dict.items() if k.startswith('backbone.')}
+    given = resized(given, bare)
     different = sorted(own.keys() ^ given.keys()) or [k for k in own if own[k] != given[k].shape]
     if different:
         raise CheckpointError(f'{experience.source}: its backbone is of another architecture or form; the first '

@@ -15,7 +15,7 @@ from typing import Any
 import timm
 import torch
 from timm.models import get_arch_pretrained_cfgs
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, get_optimizer_info
 
 from . import BACKBONES
 from .data import STIMULI, TARGETS, DataError, Splits, absolute, stimuli_parts
@@ -74,6 +74,7 @@ def complete_settings(args: Namespace, given: Collection[str]) -> Namespace:
     _check_model(args)
     _check_stages(args, given)
     _check_recipe(args)
+    _check_has_effect(args, given)
 
     args.backbone = BACKBONES.get(args.model, args.model)
     main_set = (args.stimuli or 'emoji') if args.task == 'affect' else args.dataset
@@ -233,6 +234,25 @@ def _check_recipe(args: Namespace) -> None:
             reason = str(e).rstrip('.') or 'it cannot be had here'  # timm asserts without a word what must be installed
             raise SettingsError(f'--opt {args.opt}, --opt-kwargs {args.opt_kwargs}: {reason}. '
                                 'timm.optim.list_optimizers() names the optimizers.') from e
+
+
+def _check_has_effect(args: Namespace, given: Collection[str]) -> None:
+    """Refuse what was given and would change nothing, because of another flag or for want of one."""
+    try:
+        has_momentum = get_optimizer_info(args.opt).has_momentum if args.opt else True  # stage 2 has muon by default
+    except ValueError:  # an optimizer within another one, such as lookahead_sgd
+        has_momentum = True
+    for names, has_effect, remedy in (
+            (('model_ema_decay',), args.model_ema, 'without --model-ema. Add that, or leave it out'),
+            (('clip_mode',), args.clip_grad is not None, 'without --clip-grad. Add that, or leave it out'),
+            (('decay_epochs',), args.sched == 'step', f'with --sched {args.sched}. Use --sched step, or leave it out'),
+            (('decay_rate',), args.sched in ('step', 'poly'),
+             f'with --sched {args.sched}. Use --sched step or poly, or leave it out'),
+            (('momentum',), has_momentum, f'with --opt {args.opt}. Leave it out, or use one that has it, such as sgd'),
+            (('hflip', 'cutout'), not args.no_aug, 'with --no-aug. Leave one of them out'),
+            (('amp_dtype',), args.amp, 'with --no-amp. Leave one of them out')):
+        if not has_effect and (idle := [name for name in names if name in given]):
+            raise SettingsError(f'{flag(idle[0])} {getattr(args, idle[0])}: has no effect {remedy}.')
 
 
 def shapes_stage_1(args: Namespace) -> bool:

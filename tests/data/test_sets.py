@@ -124,6 +124,9 @@ def test_splits_summary_and_empty_part():
     splits = Splits('toy', data, data.subset([0]), data.subset([1, 2]), 'free')
     assert splits.summary() == 'toy: 4 train, 1 validation, 2 test images; class: a, b; none in validation: b'
     assert splits.target is AB
+    many = ImageSet(data.images, torch.full((4,), 20), Target('class', tuple(f'c{i}' for i in range(21))))
+    assert Splits('many', many, many, many, 'free').summary().startswith(
+        'many: 4 train, 4 validation, 4 test images; class: c0, c1, c2, c3, c4, 15 more, c20; none in validation: c0, ')
     with pytest.raises(DataError, match="toy: the part 'validation' holds no image"):
         Splits('toy', data, data.subset([]), data, 'free')
 

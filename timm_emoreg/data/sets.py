@@ -228,9 +228,12 @@ class Splits:
         return digest.hexdigest()
 
     def summary(self) -> str:
-        """One line for a log: name, sizes, kind and names of the targets."""
+        """One line for a log: name, sizes, kind and names of the targets, of many the first ones and the last."""
+        names = self.target.names
+        if len(names) > 20:
+            names = (*names[:5], f'{len(names) - 6} more', names[-1])
         line = (f'{self.name}: {len(self.train):,} train, {len(self.validation):,} validation, '
-                f'{len(self.test):,} test images; {self.target.kind}: {", ".join(self.target.names)}')
+                f'{len(self.test):,} test images; {self.target.kind}: {", ".join(names)}')
         if self.target.kind == 'class':
             for name, part in (('validation', self.validation), ('test', self.test)):
                 seen = set(part.targets.tolist())
