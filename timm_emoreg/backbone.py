@@ -14,6 +14,7 @@ from timm.models import get_model_args, get_model_traits, resolve_model_input_ar
 from timm.models._input import update_model_args
 from torch import Tensor, nn
 
+from .eight_bit import from_eight_bits
 from .small_image import DEFAULT_SIZE, small_image_args, small_image_stem
 from .zoo import whole_image_cfg
 
@@ -310,7 +311,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
     Raises:
         ValueError: If the checkpoint is of another architecture, naming the first key that shows it.
     """
-    state_dict = state_dict.get('state_dict', state_dict)
+    state_dict = from_eight_bits(state_dict.get('state_dict', state_dict))
     bare = not any(key.startswith('backbone.') for key in state_dict)
     streams = ('backbone',) if model.backbone_emo is None else ('backbone', 'backbone_emo')
     prefixes = tuple(f'{stream}.' for stream in streams)

@@ -11,7 +11,7 @@ from .emoreg import backbone_cfg
 from .terms import TARGET_TERMS, licence_terms
 from .zoo import Weight
 
-__all__ = ['PAPER', 'make_card', 'make_config', 'make_table', 'metric_name', 'rounded_up']
+__all__ = ['PAPER', 'eight_bit_cost', 'make_card', 'make_config', 'make_table', 'metric_name', 'rounded_up']
 
 PAPER = 'arXiv 2606.13081'
 PERCENT = ('top1', 'top5', 'uar')
@@ -146,6 +146,14 @@ def rounded_up(value: float) -> str:
     return f'{float(number.quantize(Decimal(1).scaleb(number.adjusted() - 1), ROUND_CEILING)):.2g}'
 
 
+def eight_bit_cost(weight: Weight) -> str:
+    """What the rounding of a weight to 8 bits costs, in a sentence."""
+    found = weight.eight_bits
+    return (f'In float32, before it was rounded to 8 bits, the weight has an accuracy of {found["float32"]:.2f} % of '
+            f'the {found["images"]:,} test images, and {found["int8"]:.2f} % as the file has it; {found["changed"]:,} '
+            'answers are others.')
+
+
 def make_card(weight: Weight) -> str:
     """The ``README.md`` of a weight, made from its record alone."""
     terms = licence_terms(weight)
@@ -162,6 +170,7 @@ def make_card(weight: Weight) -> str:
     kind = 'classifier' if target else 'model'
     trained = (f'from `{weight.base}`' if weight.base else 'from scratch') + f', project commit `{weight.commit}`'
     seeds = ', '.join(map(str, weight.seeds))
+    precision = 'int8 with a scale per output channel' if weight.eight_bits else weight.precision
     moved = rounded_up(weight.logit_difference)
     data = [f'- Stimuli: {terms.title}; labels: {weight.stimuli_labels}. {terms.text}']
     if target:
@@ -185,7 +194,7 @@ paper were not available; no number of the paper is claimed here.
 |---|---|
 | model | `{weight.architecture}`, {weight.form}, {size} px, {weight.parameters:,} parameters |
 | trained | {trained}, seeds {seeds}, {weight.seconds:,.0f} s a run ({weight.hardware}) |
-| file | {weight.size:,} bytes, safetensors, {weight.precision}: moves outputs for noise by at most {moved} |
+| file | {weight.size:,} bytes, safetensors, {precision}: moves outputs for noise by at most {moved} |
 | sha256 | `{weight.sha256}` |
 | licence | {licence} |
 
@@ -210,7 +219,7 @@ decision about a person.
 ## Results
 
 {_results(weight)}
-
+{f"{chr(10)}{eight_bit_cost(weight)}{chr(10)}" if weight.eight_bits else ''}
 The best epoch was chosen on validation data by {metric_name(weight.metric)}; the test part was looked at once.
 
 ## Training data and their terms

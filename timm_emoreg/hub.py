@@ -24,7 +24,7 @@ from huggingface_hub import CommitOperationAdd, HfApi, errors, hf_hub_download
 
 from . import BACKBONES, __version__
 from .card_lint import lint_card, run_snippets
-from .cards import make_card, make_table, rounded_up
+from .cards import eight_bit_cost, make_card, make_table, rounded_up
 from .checkpoint import CheckpointError
 from .data import DataError
 from .finished_runs import ROOT, HubError
@@ -200,6 +200,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument('results', nargs='+', type=Path, metavar='RESULT', help='result.json or its folder, one a seed')
     sub.add_argument('--plain', nargs='+', type=Path, default=[], metavar='RESULT', help='runs of the plain backbone')
     sub.add_argument('--embed', action='store_true', help='put the file into the package')
+    sub.add_argument('--eight-bits', action='store_true',
+                     help='round matrices and kernels to int8, and measure on the test part what that costs')
     sub.add_argument('--default', action='store_true', help='what pretrained=True means for this architecture')
     sub.add_argument('--org', help=f'owner of the repository on the Hub (default: {ORGANISATION})')
     sub.add_argument('--commit',
@@ -234,10 +236,11 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.command == 'build':
             weight = build(args.name, args.results, args.plain, args.home, args.embed, args.default, args.org,
-                           args.commit, args.experience, args.data_dir)
+                           args.commit, args.experience, args.data_dir, 'int8' if args.eight_bits else 'float16')
             print(f'{weight.name}: {weight.size:,} bytes, sha256 {weight.sha256}, seed {weight.seeds[0]} of '
-                  f'{len(weight.seeds)}; 16 bits move an output by at most {rounded_up(weight.logit_difference)}; '
-                  f'{Home(args.home).file(weight)}')
+                  f'{len(weight.seeds)}; {weight.precision} moves an output by at most '
+                  f'{rounded_up(weight.logit_difference)}; '
+                  + (f'{eight_bit_cost(weight)} ' if weight.eight_bits else '') + f'{Home(args.home).file(weight)}')
             return 0
         if args.command == 'table':
             _table(args)

@@ -1,4 +1,4 @@
-"""Making a release from finished runs of train.py: the 16-bit file, its record and its card."""
+"""Making a release from finished runs of train.py: the file in 16 or 8 bits, its record and its card."""
 from __future__ import annotations
 
 import hashlib
@@ -20,16 +20,19 @@ from torch import Tensor
 
 import timm_emoreg
 
+from .answers import answer
 from .cards import make_card, make_config
 from .checkpoint import load_training_checkpoint
 from .commit import project_commit
-from .data import STIMULI, TARGETS, Target, load_target
+from .data import STIMULI, TARGETS, ImageSet, Target, load_target
+from .eight_bit import from_eight_bits, to_eight_bits
 from .experience import find_experience, of_the_form
 from .files import replacing
 from .finished_runs import ROOT, HubError, Run, check_baseline, check_same_recipe, recipe_of, summary_of
 from .settings import backbone_args
 from .study_grid import CONTENT
 from .terms import licence_terms
+from .trained import Trained
 from .zoo import HUB_FILE, Weight, read_records, write_records
 
 __all__ = ['ORGANISATION', 'Home', 'build', 'config_text', 'sha256_of']
@@ -190,12 +193,21 @@ def _form(run: Run, kind: str, num_affect: int) -> dict[str, Any]:
 
 
 def _half(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    half = {name: (t.half() if t.is_floating_point() else t).contiguous() for name, t in state.items()}
-    for name, tensor in half.items():
-        if not tensor.isfinite().all():
-            raise HubError(f'{name} is not finite in 16 bits (largest magnitude '
-                           f'{state[name].abs().max().item():.4g}). Train again, with less of a learning rate.')
-    return half
+    return {name: (t.half() if t.is_floating_point() else t).contiguous() for name, t in state.items()}
+
+
+def _rounded(state: dict[str, Tensor], precision: str) -> dict[str, Tensor]:
+    """The state as a file holds it.
+
+    Raises:
+        HubError: If a tensor does not survive that.
+    """
+    rounded = to_eight_bits(state) if precision == 'int8' else _half(state)
+    for name, tensor in state.items():
+        if not all(t.isfinite().all() for t in (tensor, rounded[name])):
+            raise HubError(f'{name} is not finite in {precision} (largest magnitude '
+                           f'{tensor.abs().max().item():.4g}). Train again, with less of a learning rate.')
+    return rounded
 
 
 def _same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
@@ -211,11 +223,12 @@ def _answer(model: torch.nn.Module, input_size: tuple[int, int, int]) -> Tensor:
 
 
 class _Tensors(NamedTuple):
-    """What a file of weights in 16 bits holds."""
+    """What a file of weights holds, and what its precision costs."""
 
     answer: Tensor
     difference: float
     parameters: int
+    eight_bits: dict[str, float] | None
 
 
 def _comparable(results: list[Path], plain: list[Path]) -> tuple[list[Run], list[Run]]:
@@ -238,32 +251,40 @@ def _comparable(results: list[Path], plain: list[Path]) -> tuple[list[Run], list
     return runs, others
 
 
-def _write_half(run: Run, num_classes: int, form: dict[str, Any], input_size: tuple[int, int, int],
-                file: Path) -> _Tensors:
-    """Write the best weights of a run in 16 bits and measure what that costs.
+def _write(run: Run, test: ImageSet | None, form: dict[str, Any], input_size: tuple[int, int, int], precision: str,
+           file: Path) -> _Tensors:
+    """Write the best weights of a run in 16 or 8 bits and measure what that costs, on the test part for 8 bits.
 
     Raises:
         HubError: If a tensor does not survive it.
     """
     checkpoint = load_training_checkpoint(run.checkpoint)
     state = checkpoint.get('state_dict_ema') or checkpoint['state_dict']
-    half = _half(state)
-    save_file(half, file, metadata={'format': 'pt'})
+    rounded = _rounded(state, precision)
+    save_file(rounded, file, metadata={'format': 'pt'})
     file.chmod(0o644)  # safetensors lets nobody else read what it writes
-    if not _same_bits(load_file(file), half):
+    if not _same_bits(load_file(file), rounded):
         raise HubError(f'{run.path}: the file that was written does not read back bit for bit.')
-    model = timm.create_model(run.result['model'], num_classes=num_classes, **form)
-    answers = []
-    for tensors in (state, half):
+    model = timm.create_model(run.result['model'], num_classes=len(test.target) if test else 0, **form)
+    outputs, answers = [], []
+    for tensors in (state, from_eight_bits(rounded)):
         model.load_state_dict(tensors)
-        answers.append(_answer(model, input_size))
-    difference = float(f'{(answers[0] - answers[1]).abs().max().item():.3g}')
-    return _Tensors(answers[1], difference, sum(p.numel() for p in model.parameters()))
+        outputs.append(_answer(model, input_size))
+        if precision == 'int8':
+            trained = Trained(str(run.path), model, input_size[1:], (), test.target.names)
+            answers.append(answer(trained, test)[0].regulated.argmax(dim=1))
+    eight_bits = None
+    if answers:
+        right = [round(100 * (given == test.targets).double().mean().item(), 2) for given in answers]
+        eight_bits = {'images': len(test), 'float32': right[0], 'int8': right[1],
+                      'changed': int((answers[0] != answers[1]).sum())}
+    difference = float(f'{(outputs[0] - outputs[1]).abs().max().item():.3g}')
+    return _Tensors(outputs[1], difference, sum(p.numel() for p in model.parameters()), eight_bits)
 
 
 def build(name: str, results: list[Path], plain: list[Path] = (), home: Path = ROOT, embed: bool = False,
           default: bool = False, organisation: str | None = None, commit: str | None = None,
-          experience: str | None = None, data_dir: str | None = None) -> Weight:
+          experience: str | None = None, data_dir: str | None = None, precision: str = 'float16') -> Weight:
     """Make record, card and file of a weight from runs of train.py that differ in their seed only.
 
     Args:
@@ -278,10 +299,11 @@ def build(name: str, results: list[Path], plain: list[Path] = (), home: Path = R
             checkout's.
         experience: Stage 1, where the run's own note of it no longer leads there.
         data_dir: Folder of the data sets, for the names of the target's classes.
+        precision: 'float16', or 'int8' for a file of half the size, see `timm_emoreg.eight_bit`.
 
     Raises:
-        HubError: If the runs do not fit each other, the name or a released stage 1, or a tensor does not survive 16
-            bits.
+        HubError: If the runs do not fit each other, the name or a released stage 1, or a tensor does not survive the
+            precision; for a stage 1 in 8 bits.
         CheckpointError: If the checkpoint cannot be read.
         ValueError: If the terms of its data allow no licence.
     """
@@ -299,19 +321,23 @@ def build(name: str, results: list[Path], plain: list[Path] = (), home: Path = R
     tag = origin.stimuli + (f'_ft_{target}' if target else '')
     if name != f'{best.result["model"]}.{tag}':
         raise HubError(f'{name}: the runs are of {best.result["model"]}.{tag}.')
-    classes = load_target(target, data_dir).target.names if target else ()
+    if precision == 'int8' and not target:
+        raise HubError(f'{name}: is of stage 1, which stays in 16 bits, because the stage 2 that started from it is '
+                       'known by its bits. Build it without --eight-bits.')
+    test = load_target(target, data_dir).test if target else None
+    classes = test.target.names if test else ()
     form = _form(best, origin.kind, len(origin.names))
     input_size = (3, best.result['img_size'], best.result['img_size'])
 
     known = read_records(place.records).get(name)
     with tempfile.TemporaryDirectory(dir=home) as folder:
         file = Path(folder, HUB_FILE)
-        tensors = _write_half(best, len(classes), form, input_size, file)
+        tensors = _write(best, test, form, input_size, precision, file)
         sha256 = sha256_of(file)
         weight = Weight(
             architecture=best.result['model'], tag=tag, file=f'{name}.safetensors', sha256=sha256,
-            size=file.stat().st_size, precision='float16', logit_difference=tensors.difference,
-            parameters=tensors.parameters, stimuli=origin.stimuli,
+            size=file.stat().st_size, precision=precision, logit_difference=tensors.difference,
+            eight_bits=tensors.eight_bits, parameters=tensors.parameters, stimuli=origin.stimuli,
             stimuli_labels=origin.labels, target=target, input_size=input_size, form=best.result['form'],
             affect_names=origin.names, label_names=classes, model_args=form, metric=best.result['metric'],
             metrics=summary_of(runs, origin.names), baseline=summary_of(others, origin.names) if others else {},

@@ -31,6 +31,7 @@ from torch import nn
 
 from . import zoo
 from .backbone import small_image_cfg
+from .eight_bit import eight_bit_layout
 from .emoreg import EmoReg, backbone_cfg, create_emoreg
 from .zoo import HUB_FILE, Weight
 
@@ -82,7 +83,8 @@ def layout_of(weight: Weight, backbone: str) -> dict[str, tuple[int, ...]]:
     """Names and shapes that the weight's tensors must have; costs no memory and draws no random numbers."""
     with torch.random.fork_rng(devices=[]), torch.device('meta'):
         model = EmoReg(backbone, num_classes=weight.num_classes, **weight.model_args)
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    layout = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    return eight_bit_layout(layout) if weight.precision == 'int8' else layout
 
 
 def _some(names: set[str]) -> str:

@@ -40,7 +40,7 @@ class Weight:
         file: Name of the file in the package and in ``$EMOREG_WEIGHTS``.
         sha256: Of the file, 64 hexadecimal digits.
         size: Of the file, in bytes.
-        precision: Type of its floating-point tensors.
+        precision: Type of its floating-point tensors, 'float16'; or 'int8', as `timm_emoreg.eight_bit` has it.
         logit_difference: Largest absolute difference that this type makes to the model's output, on a fixed batch.
         parameters: Number of parameters of the model.
         stimuli: What the affective pre-training showed, a key of `timm_emoreg.data.STIMULI`.
@@ -66,6 +66,8 @@ class Weight:
         default: Whether ``pretrained=True`` without a tag means this weight.
         hub_id: Repository on the Hub.
         hub_commit: Published commit, None while it waits for publication.
+        eight_bits: What int8 costs on the test part: number of ``'images'``, accuracy in percent before the rounding
+            (``'float32'``) and after it (``'int8'``), and how many answers are ``'changed'``; None in 16 bits.
 
     Raises:
         ValueError: If a field cannot be true.
@@ -101,6 +103,7 @@ class Weight:
     default: bool
     hub_id: str
     hub_commit: str | None
+    eight_bits: dict[str, float] | None = None
 
     def __post_init__(self):
         for name in ('input_size', 'affect_names', 'label_names', 'seeds'):
@@ -116,6 +119,8 @@ class Weight:
                 (self.model_args.get('num_affect') != len(self.affect_names),
                  f'model_args have num_affect={self.model_args.get("num_affect")}, '
                  f'affect_names name {len(self.affect_names)}'),
+                ((self.precision == 'int8') != bool(self.eight_bits),
+                 'eight_bits and precision int8 must come together'),
         ):
             if wrong:
                 raise ValueError(f'Record of the weight {self.name}: {what}. Build it anew with '
