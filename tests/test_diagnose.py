@@ -102,6 +102,23 @@ def test_command(trained_run, colours, capsys):
     assert 'is the result of stage 1 and has no response to images. Give a run of' in capsys.readouterr().err
 
 
+def test_stimuli_images_and_stage_1_are_those_of_the_run(trained_run, colours, capsys, tmp_path):
+    assert main([str(trained_run)]) == 0
+    found = capsys.readouterr().out
+    assert main([str(trained_run), '--experience', str(trained_run), '--stimuli', str(colours), '--dataset',
+                 str(colours)]) == 0
+    assert capsys.readouterr().out == found
+    assert main([str(trained_run), '--stimuli-labels', 'rotation']) == 2  # the run's stimuli, with other labels
+    assert 'the stimuli ask for 0 degrees, 90 degrees, ' in capsys.readouterr().err
+    assert main([str(trained_run / 'affect')]) == 2
+    assert 'affect: started from no stage 1 that could be compared with it. Give a run' in capsys.readouterr().err
+    stage_1 = torch.load(trained_run / 'affect/model_best.pth.tar', weights_only=False)
+    stage_1['args'].shuffle_stimuli_labels = True
+    torch.save(stage_1, tmp_path / 'shuffled.pth.tar')
+    assert main([str(trained_run), '--experience', str(tmp_path / 'shuffled.pth.tar')]) == 2
+    assert 'shuffled.pth.tar: does not tell its stimuli, or had shuffled labels. Give --stim' in capsys.readouterr().err
+
+
 def test_every_number_is_of_the_response_and_of_the_weights_that_it_names():
     trained, stimuli, shown = build(balance='gate'), stimuli_like(build()), images(80)
     before = {k: v.clone() for k, v in trained.model.state_dict().items()}

@@ -98,6 +98,7 @@ def test_a_released_weight_by_its_tag(monkeypatch, tmp_path):
     model = make('ratings', 2)
     monkeypatch.setattr(zoo, 'WEIGHTS', {
         'emoreg_tiny.emoji': SimpleNamespace(affect_names=('valence', 'arousal'), target=None, at_hand=True,
+                                             stimuli='emoji', stimuli_labels='valence',
                                              architecture='emoreg_resnet18', model_args={'small_image': True}),
         'emoreg_tiny.emoji_ft_cifar10': SimpleNamespace(target='cifar10', at_hand=True)})
     monkeypatch.setattr(timm, 'create_model',
@@ -188,6 +189,11 @@ def test_stage_2_has_the_form_of_stage_1(known, model, kwargs, message):
 def test_what_stage_1_was_built_with_is_known_of_runs_and_weights(trained_run):
     assert find_experience(str(trained_run)).model_kwargs == {}
     assert find_experience('emoreg_resnet18.emoji').model_kwargs == {}
+
+
+def test_what_stage_1_was_shown_is_known_of_runs_and_weights(trained_run, colours):
+    assert find_experience(str(trained_run)).stimuli == {'stimuli': str(colours)}
+    assert find_experience('emoreg_resnet18.emoji').stimuli == {'stimuli': 'emoji', 'stimuli_labels': 'valence'}
 
 
 def test_an_untrained_response_has_the_form_of_the_one_that_it_stands_for():

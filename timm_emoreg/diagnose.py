@@ -1,6 +1,6 @@
 """What stage 2 left of stage 1, and what it does with it, in numbers: python -m timm_emoreg.diagnose.
 
-    python -m timm_emoreg.diagnose output/RUN --experience PATH-or-tag --stimuli ferplus --dataset cifar10
+    python -m timm_emoreg.diagnose output/RUN
 
     affect         quality of the affect response on stimuli before and after stage 2: does stage 2 erase stage 1?
     state          how far the affective state of downstream images moved, and how much of it varies between images
@@ -25,7 +25,7 @@ from .answers import Answers, answer, check_device
 from .checkpoint import CheckpointError
 from .data import DataError, ImageSet, load_stimuli, load_target
 from .data.controls import predict_rotation
-from .experience import find_experience
+from .experience import STIMULI_SETTINGS, find_experience
 from .metrics import EmotionEvaluator, RatingEvaluator
 from .trained import Trained, need_affect, some, trained_model
 from .weights import WeightError
@@ -123,26 +123,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog='python -m timm_emoreg.diagnose', description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('run', help='folder of a run of train.py with --task emoreg, or one of its checkpoints')
-    parser.add_argument('--stimuli', required=True, help='of its stage 1: emoji, ferplus, oasis, nemo, a folder or csv')
-    parser.add_argument('--stimuli-labels', help="which labels of them, the default ones if not given, or 'rotation' "
-                                                 'as in train.py')
+    parser.add_argument('--stimuli', help='a set, folder or csv (default: those of its stage 1)')
+    parser.add_argument('--stimuli-labels', help="which labels of them, or 'rotation' as in train.py")
     parser.add_argument('--rating-columns', nargs='+', help='rating columns of a csv')
     parser.add_argument('--rating-scale', nargs=2, type=float, metavar=('LOW', 'HIGH'), help='scale of these ratings')
-    parser.add_argument('--dataset', required=True, help='of its stage 2: cifar10, cifar100, emoji, or a folder')
-    parser.add_argument('--experience', metavar='PATH-or-tag', required=True, help='its stage 1')
+    parser.add_argument('--dataset', help='cifar10, cifar100, emoji, or a folder (default: that of its stage 2)')
+    parser.add_argument('--experience', metavar='PATH-or-tag', help='its stage 1, where that lies elsewhere now')
     parser.add_argument('--data-dir', help='data sets (default: the one of the run, $EMOREG_DATA)')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     args = parser.parse_args(argv)
     try:
         check_device(args.device)
-        experience = find_experience(args.experience)
         trained = need_affect(trained_model(args.run, args.experience))
+        stage_1 = args.experience or trained.experience
+        if stage_1 is None:
+            raise DataError(f'{args.run}: started from no stage 1 that could be compared with it. Give a run of --task '
+                            'emoreg with an experience.')
+        experience = find_experience(stage_1)
+        shown = {} if args.stimuli else dict(experience.stimuli)
+        shown |= {name: getattr(args, name) for name in STIMULI_SETTINGS if getattr(args, name) is not None}
+        if 'stimuli' not in shown:
+            raise DataError(f'{experience.source}: does not tell its stimuli, or had shuffled labels. Give --stimuli.')
         data_dir = args.data_dir or trained.data_dir
-        ratings = {name: getattr(args, name) for name in ('rating_columns', 'rating_scale') if getattr(args, name)}
-        rotation = args.stimuli_labels == 'rotation'
-        stimuli = load_stimuli(args.stimuli, data_dir, None if rotation else args.stimuli_labels, **ratings)
+        name, labels = shown.pop('stimuli'), shown.pop('stimuli_labels', None)
+        rotation = labels == 'rotation'
+        stimuli = load_stimuli(name, data_dir, None if rotation else labels, **shown)
         stimuli = (predict_rotation(stimuli, seed=0) if rotation else stimuli).validation
-        images = load_target(args.dataset, data_dir).validation
+        images = load_target(args.dataset or trained.dataset, data_dir).validation
         print(json.dumps(diagnose(trained, experience.state_dict, stimuli, images, args.device)))
     except (DataError, CheckpointError, WeightError, ValueError, OSError) as e:
         print(f'diagnose: {e}', file=sys.stderr)

@@ -6,7 +6,8 @@ import difflib
 import inspect
 import json
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,10 @@ from .data import DataError, Splits, Target
 from .small_image import DEFAULT_SIZE, LARGEST_SIZE
 from .weights import WeightError
 
-__all__ = ['Experience', 'find_experience', 'load_backbone', 'of_the_form', 'released_experience',
+__all__ = ['STIMULI_SETTINGS', 'Experience', 'find_experience', 'load_backbone', 'of_the_form', 'released_experience',
            'untrained_experience']
+
+STIMULI_SETTINGS = ('stimuli', 'stimuli_labels', 'rating_columns', 'rating_scale')
 
 
 def of_the_form(model_kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -43,6 +46,9 @@ class Experience:
         small_image: Whether it has its form for small images, None if unknown.
         unfinished: For the log, if stage 1 was not trained to its end.
         model_kwargs: Further arguments that the backbone was built with, None if unknown.
+        stimuli: What was shown, as `timm_emoreg.data.load_stimuli` and train.py name it: ``'stimuli'`` and, where they
+            are not the usual ones, ``'stimuli_labels'``, ``'rating_columns'``, ``'rating_scale'``. Empty if it is
+            unknown, or if the labels were shuffled.
     """
 
     source: str
@@ -54,6 +60,7 @@ class Experience:
     small_image: bool | None = None
     unfinished: str = ''
     model_kwargs: dict[str, Any] | None = None
+    stimuli: Mapping[str, Any] = field(default_factory=dict)
 
     def check_form(self, backbone: str, small_image: bool, model_kwargs: dict[str, Any]) -> None:
         """Refuse another backbone or form than that of stage 1: strides, activations and the normalisation of images
@@ -105,13 +112,17 @@ def _from_checkpoint(path: Path) -> Experience:
         raise CheckpointError(f"{path}: was not written by stage 1 (--task affect). Give stage 1's model_best.pth.tar.")
     answers = Target(task['target_kind'], tuple(task['names']))
     args = checkpoint.get('args')
+    shown = {}
+    if hasattr(args, 'stimuli') and not args.shuffle_stimuli_labels:
+        shown = {name: getattr(args, name) for name in STIMULI_SETTINGS if getattr(args, name) is not None}
+        shown.setdefault('stimuli', 'emoji')
     unfinished = ''
     if (path.resolve().parents[1] / 'args.json').is_file() and not (path.parent / 'result.json').is_file():
         unfinished = f'; its training was not finished, this is epoch {checkpoint["epoch"] + 1}'
     # the averaged weights are the ones that stage 1 judged and kept
     return Experience(str(path), checkpoint.get('state_dict_ema') or checkpoint['state_dict'], answers.affect_kind,
                       len(answers), answers.names, getattr(args, 'backbone', ''), getattr(args, 'small_image', None),
-                      unfinished, getattr(args, 'model_kwargs', None))
+                      unfinished, getattr(args, 'model_kwargs', None), shown)
 
 
 def find_experience(where: str) -> Experience:
@@ -142,7 +153,8 @@ def find_experience(where: str) -> Experience:
         own = inspect.signature(EmoReg).parameters
         return Experience(where, model.state_dict(), model.affect_kind, model.num_affect, weight.affect_names,
                           BACKBONES[weight.architecture], bool(weight.model_args.get('small_image')),
-                          model_kwargs={k: v for k, v in weight.model_args.items() if k not in own})
+                          model_kwargs={k: v for k, v in weight.model_args.items() if k not in own},
+                          stimuli={'stimuli': weight.stimuli, 'stimuli_labels': weight.stimuli_labels})
     known = [name for name, weight in zoo.WEIGHTS.items() if weight.target is None and weight.at_hand]
     near = difflib.get_close_matches(where, known, n=1)
     what = 'the result of stage 2, which knows its target already; give one of' if weight else (

@@ -34,6 +34,8 @@ class Trained:
         affect_names: Name of each affect output; empty for a plain model.
         label_names: Name of each class; empty if it has no classes, or if their names are not known.
         data_dir: Where its run found its data sets; None for their usual place, and for a released weight.
+        dataset: What its run trained it on in stage 2; None for a released weight, and for the result of stage 1.
+        experience: The result of stage 1 that its run started from, likewise; None also if that was none.
     """
 
     source: str
@@ -42,6 +44,8 @@ class Trained:
     affect_names: tuple[str, ...]
     label_names: tuple[str, ...]
     data_dir: str | None = None
+    dataset: str | None = None
+    experience: str | None = None
 
     def label(self, index: int) -> str:
         """Name of a class, with its index where several have that name (ImageNet has two cranes)."""
@@ -138,10 +142,13 @@ def _find_checkpoint(where: Path) -> Path:
                           'affect. Give a run of train.py that finished an epoch, or a checkpoint.')
 
 
+def _stage_1_of(checkpoint: Path, args: dict[str, Any]) -> str:
+    """Where stage 1 left its result for a checkpoint of stage 2: where the settings of the run say, or beside it."""
+    return args['experience'] or str(checkpoint.resolve().parent.parent / 'affect' / 'model_best.pth.tar')
+
+
 def _experience_of(checkpoint: Path, args: dict[str, Any], given: str | None) -> Experience:
-    """What stage 1 left for a checkpoint of stage 2: beside it, or where the settings of the run say."""
-    beside = checkpoint.resolve().parent.parent / 'affect' / 'model_best.pth.tar'
-    source = given or args['experience'] or str(beside)
+    source = given or _stage_1_of(checkpoint, args)
     if source == 'none':
         raise CheckpointError(f'{checkpoint}: was trained with --experience none, so its affect response was never '
                               'taught anything that could be named. Give a run with an experience.')
@@ -221,4 +228,7 @@ def _loaded(where: str | Path, path: Path, args: dict[str, Any], state: dict[str
     # what timm's transforms and an export of the model go by
     model.pretrained_cfg |= {**zoo.whole_image_cfg((3, args['img_size'], args['img_size'])),
                              'num_classes': model.num_classes, 'label_names': labels or None}
-    return Trained(str(where), model.eval(), (args['img_size'],) * 2, affect_names, labels, args['data_dir'])
+    stage_2 = isinstance(model, EmoReg) and model.num_classes > 0
+    experience = _stage_1_of(path, args) if stage_2 else 'none'
+    return Trained(str(where), model.eval(), (args['img_size'],) * 2, affect_names, labels, args['data_dir'],
+                   args.get('dataset') if model.num_classes else None, None if experience == 'none' else experience)
