@@ -227,9 +227,11 @@ def target_of(args):
     return fewer_images(splits, args.train_images, args.seed) if args.train_images else splits
 
 
-def build_model(args, task: str, splits, experience: Experience | None):
-    common = dict(backbone_args(vars(args)), pretrained=args.pretrained_backbone, drop_rate=args.drop,
-                  drop_path_rate=args.drop_path)
+def build_model(args, task: str, splits, experience: Experience | None, resumed: bool = False):
+    kept = not (experience and experience.state_dict) or (task == 'emoreg' and args.separate_experience)
+    kept |= len(splits.target) == timm.get_pretrained_cfg(args.backbone).num_classes  # the classifier
+    common = dict(backbone_args(vars(args)), drop_rate=args.drop, drop_path_rate=args.drop_path,
+                  pretrained=args.pretrained_backbone and kept and not resumed)  # or they would be overwritten
     if task == 'plain':
         model = create_backbone(args.backbone, num_classes=len(splits.target), **common)
         if experience is not None:
@@ -250,10 +252,10 @@ def build_model(args, task: str, splits, experience: Experience | None):
     return model
 
 
-def checked_model(args, task: str, splits, experience: Experience | None, batch_size: int, device):
+def checked_model(args, task: str, splits, experience: Experience | None, batch_size: int, device, resumed: bool):
     """The model on its device, if it takes images of these sizes and so many of them at once."""
     try:
-        model = build_model(args, task, splits, experience)
+        model = build_model(args, task, splits, experience, resumed)
         if args.grad_checkpointing:
             model.set_grad_checkpointing()
     except OSError as e:
@@ -490,8 +492,9 @@ def run_stage(args, task_name: str, splits, device, experience: Experience | Non
         torch.cuda.reset_peak_memory_stats(device)
 
     # model and task
+    found = newest_checkpoint(out)
     random_seed(args.seed)
-    model = checked_model(args, task_name, splits, experience, batch_size, device)
+    model = checked_model(args, task_name, splits, experience, batch_size, device, resumed=found is not None)
     mix = task_name != 'affect' and max(args.mixup, args.cutmix) > 0
     mixup = None
     if mix:
@@ -552,11 +555,11 @@ def run_stage(args, task_name: str, splits, device, experience: Experience | Non
     if is_primary(args):
         saver = CheckpointSaver(unwrap_model(model), optimizer, args=args, amp_scaler=scaler, task=task, max_history=1,
                                 checkpoint_dir=str(out), recovery_dir=str(out))
-    found = newest_checkpoint(out)
     if found:
         data = splits.name + (f' or {stimuli.name}' if stimuli else '')
         first_epoch = restore(args, found, data, task, optimizer, scheduler, scaler, saver, updates)
-        say(args, f'{found}: going on with epoch {first_epoch + 1}, step {args.first_step + 1}')
+        say(args, f'{found}: ' + (f'going on with epoch {first_epoch + 1}, step {args.first_step + 1}'
+                                  if first_epoch < epochs else 'all epochs are trained, what is left is the test part'))
     if saver is not None:
         with writing(out):  # also without a checkpoint: the row of an epoch is written before its first one
             trim(out / 'summary.csv', first_epoch)
@@ -661,7 +664,8 @@ def run(args) -> None:
     with alone_in(folder) if is_primary(args) else nullcontext():
         try:
             if stage_1:
-                say(args, f'experience: none given, so stage 1 runs first, on {stimuli.name}')
+                if args.task != 'affect':
+                    say(args, f'experience: none given, so stage 1 runs first, on {stimuli.name}')
                 results.append(run_stage(args, 'affect', stimuli, device))
                 experience = find_experience(str(folder / 'affect'))
             if args.task != 'affect':
@@ -669,7 +673,7 @@ def run(args) -> None:
                     say(args, f'experience: {experience.source}, affect response of {experience.num_affect} '
                               f'({", ".join(experience.names) or experience.affect_kind})' + experience.unfinished)
                 results.append(run_stage(args, args.task, target, device, experience, rehearsed))
-        except (DataError, ModelError):
+        except BaseException:
             if is_primary(args) and not args.resume:
                 remove_empty_run(folder)
             raise
@@ -704,8 +708,6 @@ def main() -> int:
         return 128 + received[0]
     except FloatingPointError as e:
         good = last_good(args)
-        if is_primary(args) and not args.resume:
-            remove_empty_run(Path(args.output) / args.experiment)
         print(f'train.py: {e}. ' + (f'The last good checkpoint is {good}. ' if good else '')
               + 'Lower --lr or add --clip-grad 1.', file=sys.stderr)
         return 1
@@ -723,8 +725,6 @@ def main() -> int:
         return 2
     except torch.OutOfMemoryError as e:
         then = f' With more memory, go on with: {resume_command(args)}' if last_good(args) else ''
-        if is_primary(args) and not args.resume:
-            remove_empty_run(Path(args.output) / args.experiment)
         print(f'train.py: {args.device} has too little memory ({reason_of(e)}). Lower --batch-size, share it out with '
               f'--grad-accum-steps, or add --grad-checkpointing.{then}', file=sys.stderr)
         return 1

@@ -9,7 +9,7 @@ import timm
 import torch
 from backbone_sweep import layer_decay
 from timm.data import resolve_model_data_config
-from timm.layers import resample_abs_pos_embed
+from timm.layers import resample_abs_pos_embed, to_2tuple
 from timm.models import PretrainedCfg, get_model_args, get_model_input_config, group_parameters
 from timm.models._hub import save_for_hf
 from timm.optim import create_optimizer_v2
@@ -304,11 +304,10 @@ def test_global_pool(backbone):
     unpooled = model(images())
     assert unpooled.ndim == (4 if backbone == 'test_resnet' else 3)
     assert torch.equal(unpooled, model.backbone(images()))
-    with pytest.raises(ValueError, match="global_pool='' leaves no pooled vector for the 3 classes"):
-        model.reset_classifier(3, '')
-    model.reset_classifier(3)  # keeps the pooling, as timm's models do, so that there is nothing to read
-    with pytest.raises(RuntimeError, match='no pooled vector'):
-        model(images())
+    for pooling in ('', None):  # None keeps the pooling, as timm's models do, so that there is nothing to read
+        with pytest.raises(ValueError, match="global_pool='' or pruning leaves no pooled vector for the 3 classes"):
+            model.reset_classifier(3, pooling)
+    assert torch.equal(model(images()), unpooled)
     with pytest.raises(ValueError, match='no pooled feature vector'):
         create(backbone, global_pool='')
     assert create(backbone, global_pool='', num_classes=0).eval()(images()).shape == unpooled.shape
@@ -658,6 +657,14 @@ def test_training_with_distributed_wrappers_in_mind():
 
 # -- stage 1 to stage 2 ------------------------------------------------------------------------------------------------
 
+def test_a_built_backbone_of_the_small_image_form_keeps_its_size():
+    built = EmoReg(create_backbone('resnet10t', small_image=True, img_size=64))
+    named = EmoReg('resnet10t', small_image=True, img_size=64)
+    for model in (built, named):
+        assert resolve_model_data_config(model)['input_size'] == (3, 64, 64)
+        assert to_2tuple(get_model_args(model)['img_size']) == (64, 64)
+
+
 @pytest.mark.parametrize('experience', ['shared', 'separate'])
 def test_load_experience(experience):
     torch.manual_seed(9)
@@ -777,6 +784,18 @@ def test_a_checkpoint_of_another_form_is_one_error(backbone, theirs, ours, found
     wrapped = torch.nn.ModuleDict({'module': model})  # as DistributedDataParallel does
     with pytest.raises(RuntimeError, match=f'^{message}$'):
         wrapped.load_state_dict({f'module.{name}': tensor for name, tensor in state.items()})
+
+
+@both
+def test_a_checkpoint_of_the_plain_backbone_is_told_how_to_be_loaded(backbone, tmp_path):
+    plain = plain_model(backbone)
+    torch.save(plain.state_dict(), tmp_path / 'plain.pth')
+    for strict in (True, False):
+        with pytest.raises(RuntimeError, match=r'of the plain backbone\. timm.create_model\(\.\.\., pretrained=True'):
+            create(backbone).load_state_dict(plain.state_dict(), strict=strict)
+    overlay = {'file': str(tmp_path / 'plain.pth'), 'num_classes': plain.num_classes}  # as the message says
+    loaded = create(backbone, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=plain.num_classes, balance=0)
+    assert torch.equal(loaded.eval()(images()), plain.eval()(images()))
 
 
 def test_other_misfits_of_a_checkpoint_are_left_to_torch():

@@ -643,6 +643,15 @@ def test_a_dry_run_for_another_owner_writes_nothing(built, home, capsys):
     assert {path: path.read_bytes() for path in home.rglob('*') if path.is_file()} == before
 
 
+def test_a_build_for_another_owner_has_no_published_commit(run, home):
+    build(NAME, [run()], home=home, commit=COMMIT)
+    alter(home, hub_commit='b' * 40)
+    again = run(folder=home.parent / 'again')  # gives the same bytes
+    assert build(NAME, [again], home=home, commit=COMMIT).hub_commit == 'b' * 40
+    other = build(NAME, [again], home=home, commit=COMMIT, organisation='other')
+    assert (other.hub_id, other.hub_commit) == (f'other/{NAME}', None)
+
+
 def test_push_under_another_owner(hub, built, home):
     weight = publish(NAME, home, push=True, organisation='someone', token=loopback_hub.TOKEN)
     assert list(hub.repositories) == [f'someone/{NAME}']

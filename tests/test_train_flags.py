@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -9,7 +10,7 @@ import torch
 
 from timm_emoreg.data import ImageSet, Splits, Target, load_stimuli, load_target
 from timm_emoreg.data.controls import fewer_images, predict_rotation, shuffle_labels
-from timm_emoreg.experience import untrained_experience
+from timm_emoreg.experience import Experience, untrained_experience
 
 ONE = ImageSet([Path('a.png')] * 3, torch.arange(3), Target('class', ('a', 'b', 'c')))
 THREE = Splits('three', ONE, ONE, ONE, 'free')
@@ -96,3 +97,25 @@ def test_the_weights_of_the_backbone_are_asked_for(train, parsed, monkeypatch):
         train.build_model(parsed('--task', 'plain', *flags), 'plain', THREE, None)
         train.build_model(parsed(*flags), 'affect', THREE, None)
     assert asked == [False, False, True, True]
+
+
+def test_weights_of_the_backbone_that_would_be_overwritten_are_not_asked_for(train, parsed, monkeypatch):
+    experience, asked = Experience('here', {'backbone.x': torch.zeros(1)}, 'emotion', 8), []
+    model = SimpleNamespace(load_experience=lambda state: None)
+    monkeypatch.setattr(train, 'create_backbone', lambda *_, **kwargs: asked.append(kwargs['pretrained']))
+    monkeypatch.setattr(train, 'load_backbone', lambda *_: None)
+    monkeypatch.setattr(timm, 'create_model',
+                        lambda *_, **kwargs: asked.append(kwargs['pretrained_backbone']) or model)
+    flags = ('--pretrained-backbone', '--experience', 'here')
+    as_many = timm.get_pretrained_cfg('test_vit').num_classes
+    thousand = Target('class', tuple(map(str, range(as_many))))
+    for call, expected in (
+            (lambda: train.build_model(parsed(*flags), 'emoreg', THREE, experience), False),
+            (lambda: train.build_model(parsed('--task', 'plain', *flags), 'plain', THREE, experience), False),
+            (lambda: train.build_model(parsed(*flags, '--separate-experience'), 'emoreg', THREE, experience), True),
+            (lambda: train.build_model(parsed(*flags), 'emoreg', THREE, untrained_experience()), True),
+            (lambda: train.build_model(parsed(*flags), 'affect', THREE, None, resumed=True), False),
+            (lambda: train.build_model(parsed(*flags), 'emoreg', SimpleNamespace(target=thousand), experience), True)):
+        asked.clear()
+        call()
+        assert asked == [expected]

@@ -205,6 +205,19 @@ def test_a_folder_without_a_weight_is_refused(tmp_path, config):
         released_model(f'local-dir:{tmp_path}')
 
 
+@pytest.mark.parametrize('damage', ['another backbone', 'a misspelt backbone', 'a download cut off'])
+def test_a_folder_whose_weight_does_not_fit_is_refused(tmp_path, damage):
+    save_for_hf(timm.create_model('emoreg', backbone='test_resnet'), tmp_path, safe_serialization=True,
+                model_args={'backbone': {'another backbone': 'test_vit'}.get(damage, 'test_resnet')})
+    config, file = tmp_path / 'config.json', tmp_path / 'model.safetensors'
+    if damage == 'a misspelt backbone':
+        config.write_text(config.read_text().replace('"test_resnet"', '"test_resnext"'))
+    if damage == 'a download cut off':
+        file.write_bytes(file.read_bytes()[:100_000])
+    with pytest.raises(DataError, match=r'cannot load it \((This is a checkpoint of another|Unknown backbone|Error)'):
+        released_model(f'local-dir:{tmp_path}')
+
+
 def test_a_weight_that_takes_no_rgb_is_refused(tmp_path):
     save_for_hf(timm.create_model('emoreg', backbone='test_resnet', in_chans=1), tmp_path, safe_serialization=True,
                 model_args={'backbone': 'test_resnet', 'in_chans': 1})

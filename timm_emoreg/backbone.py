@@ -124,7 +124,7 @@ def create_backbone(
     if small_image and small_image_stem(model):
         # Another stride leaves the shapes of all tensors: timm, which has no such argument, must not rebuild this model
         # without it. It refuses the argument.
-        update_model_args(model, small_image=True)
+        update_model_args(model, small_image=True, img_size=img_size or DEFAULT_SIZE)
     return model
 
 
@@ -232,7 +232,7 @@ def small_image_cfg(small_image: bool | None = False, img_size: int | tuple[int,
     if not small_image:
         return {}
     size = img_size or DEFAULT_SIZE
-    return whole_image_cfg((3, *((size, size) if isinstance(size, int) else size)))
+    return whole_image_cfg((3, *to_2tuple(size)))
 
 
 # -- checkpoints -----------------------------------------------------------------------------------------------------

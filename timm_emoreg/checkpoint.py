@@ -11,7 +11,7 @@ import torch
 
 from .files import replacing
 
-__all__ = ['CheckpointError', 'load_training_checkpoint', 'newest_checkpoint', 'restore_best']
+__all__ = ['CheckpointError', 'judged_state', 'load_training_checkpoint', 'newest_checkpoint', 'restore_best']
 
 
 class CheckpointError(ValueError):
@@ -52,6 +52,11 @@ def load_training_checkpoint(path: str | Path, mmap: bool = False) -> dict[str, 
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get('state_dict'), dict):
         raise CheckpointError(f"{path}: holds no 'state_dict', so it is no training checkpoint.")
     return checkpoint
+
+
+def judged_state(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The weights of a training checkpoint that its metric was measured of: the averaged ones where there are some."""
+    return checkpoint.get('state_dict_ema') or checkpoint['state_dict']
 
 
 def newest_checkpoint(folder: str | Path) -> Path | None:

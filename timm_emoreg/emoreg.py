@@ -8,7 +8,7 @@ from typing import Any
 
 import timm
 import torch
-from timm.layers import get_device_dtype
+from timm.layers import get_device_dtype, to_2tuple
 from timm.models import (
     build_model_with_cfg,
     generate_default_cfgs,
@@ -16,6 +16,7 @@ from timm.models import (
     get_model_traits,
     register_model,
 )
+from timm.models._input import update_model_args
 from timm.optim import auto_group_layers
 from torch import Tensor, nn
 
@@ -116,8 +117,9 @@ class EmoReg(nn.Module):
                 raise ValueError("experience='separate' builds the backbone twice and needs its name, "
                                  'not a built model. Give the timm name.')
             self.backbone = backbone
-            small_image = bool(get_model_args(backbone).get('small_image'))  # as `create_backbone` noted
-            building = {'small_image': small_image}
+            noted = get_model_args(backbone)  # by `create_backbone`
+            small_image = bool(noted.get('small_image'))
+            building = {'small_image': small_image, 'img_size': noted.get('img_size')}
         else:
             if num_classes is not None:
                 building['num_classes'] = num_classes
@@ -139,8 +141,7 @@ class EmoReg(nn.Module):
         self._traits = {'img_size': traits.get('img_size'), 'first_conv': prefixed(traits.get('first_conv'), streams),
                         'fixed_input_size': traits.get('fixed_input_size', False)}
         if small_image:
-            size = img_size or DEFAULT_SIZE
-            self._traits['img_size'] = (size, size) if isinstance(size, int) else tuple(size)
+            self._traits['img_size'] = to_2tuple(building.get('img_size') or DEFAULT_SIZE)
         classifier = remove_classifier(self.backbone)
         self.backbone_emo = None
         if experience == 'separate':
@@ -157,8 +158,8 @@ class EmoReg(nn.Module):
             trained_for = getattr(self.backbone, 'pretrained_cfg', {}).get('num_classes')
             self._start_heads(classifier.weight, classifier.bias,
                               trained=built or (pretrained_backbone and trained_for == own_classes))
-        self._record(num_affect=num_affect, affect_kind=affect_kind, balance=balance, modulation=modulation,
-                     experience=experience, small_image=small_image)
+        update_model_args(self, num_affect=num_affect, affect_kind=affect_kind, balance=balance, modulation=modulation,
+                          experience=experience, small_image=small_image)
         if built:
             self.train(backbone.training)
 
@@ -172,7 +173,7 @@ class EmoReg(nn.Module):
             self.pretrained_cfg['architecture'] = 'emoreg'
             args = building if isinstance(backbone, str) else get_model_args(backbone)
             here = ('device', 'dtype', 'pretrained', 'cache_dir')
-            self._record(**{k: v for k, v in args.items() if k not in here}, backbone=name)
+            update_model_args(self, **{k: v for k, v in args.items() if k not in here}, backbone=name)
 
     def _set_feature_size(self) -> None:
         self.num_features = self.backbone.num_features
@@ -244,7 +245,7 @@ class EmoReg(nn.Module):
         self.regulation = Balance(value, self.num_affect, **get_device_dtype(self.backbone)).train(self.training)
         if used != self._affect_is_used():  # otherwise a head that the user froze stays frozen
             self.head_affect.requires_grad_(not used)
-        self._record(balance=value)
+        update_model_args(self, balance=value)
 
     # -- forward -----------------------------------------------------------------------------------------------
 
@@ -252,11 +253,12 @@ class EmoReg(nn.Module):
         """Features of the backbone before pooling."""
         return self.backbone.forward_features(x)
 
-    def _affect_features(self, x: Tensor, h: Tensor) -> Tensor:
-        if self.backbone_emo is not None:
-            with torch.no_grad():
-                return self.backbone_emo.forward_head(self.backbone_emo.forward_features(x), pre_logits=True)
-        return h
+    def _features(self, x: Tensor) -> Tensor:
+        return self.head_drop(self.backbone.forward_head(self.backbone.forward_features(x), pre_logits=True))
+
+    def _features_of_experience(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self.backbone_emo.forward_head(self.backbone_emo.forward_features(x), pre_logits=True)
 
     def _respond(self, h: Tensor, h_affect: Tensor) -> Responses:
         affect = self.head_affect(h_affect)
@@ -291,8 +293,8 @@ class EmoReg(nn.Module):
             RuntimeError: Without pooling, or after `prune_intermediate_layers`.
         """
         _need_pooling(self.pooled)
-        h = self.head_drop(self.backbone.forward_head(self.backbone.forward_features(x), pre_logits=True))
-        return self._respond(h, self._affect_features(x, h))
+        h = self._features(x)
+        return self._respond(h, h if self.backbone_emo is None else self._features_of_experience(x))
 
     def forward_affect(self, x: Tensor) -> Tensor:
         """The affect response a, shape (B, K): emotion logits, or ratings, which stage 1 draws towards their scale of
@@ -302,10 +304,7 @@ class EmoReg(nn.Module):
             RuntimeError: Without pooling, or after `prune_intermediate_layers`.
         """
         _need_pooling(self.pooled)
-        if self.backbone_emo is not None:
-            return self.head_affect(self._affect_features(x, x))
-        return self.head_affect(self.head_drop(
-            self.backbone.forward_head(self.backbone.forward_features(x), pre_logits=True)))
+        return self.head_affect(self._features(x) if self.backbone_emo is None else self._features_of_experience(x))
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
@@ -336,13 +335,6 @@ class EmoReg(nn.Module):
     def get_classifier(self) -> tuple[nn.Module, nn.Module]:
         return self.head, self.head_emo
 
-    def _record(self, **args: Any) -> None:
-        """Record arguments that rebuild the model as it is now, for an export.
-
-        `timm.models.get_model_args` reads this attribute; what timm's own families write it with is not public.
-        """
-        self._model_args = {**getattr(self, '_model_args', {}), **args}
-
     def _change_backbones(self, method: str, **kwargs: Any) -> None:
         """Call a method of each backbone; what it records for an export of the backbone is recorded for ours, too."""
         before = dict(getattr(self.backbone, '_model_args', {}))
@@ -350,7 +342,7 @@ class EmoReg(nn.Module):
             if backbone is not None:
                 getattr(backbone, method)(**kwargs)
         now = getattr(self.backbone, '_model_args', {})
-        self._record(**{k: v for k, v in now.items() if k not in before or before[k] != v})
+        update_model_args(self, **{k: v for k, v in now.items() if k not in before or before[k] != v})
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """New heads for another number of classes; backbone, affect response, modulation and balance stay.
@@ -358,11 +350,11 @@ class EmoReg(nn.Module):
         Only a pooling that changes the width of the pooled features also renews the affect response and modulation.
 
         Raises:
-            ValueError: For classes without pooling.
+            ValueError: For classes without pooling, also where it was taken off before and none is named.
         """
-        if global_pool == '' and num_classes > 0:
-            raise ValueError(f"global_pool='' leaves no pooled vector for the {num_classes} classes to read. "
-                             "Use num_classes=0 with it, or name a pooling.")
+        if num_classes > 0 and (global_pool == '' or (global_pool is None and not self.pooled)):
+            raise ValueError(f"global_pool='' or pruning leaves no pooled vector for the {num_classes} classes to "
+                             'read. Name a pooling, or use num_classes=0.')
         width = self.head_hidden_size
         self._change_backbones('reset_classifier', num_classes=0,
                                **({} if global_pool is None else {'global_pool': global_pool}))
@@ -419,7 +411,7 @@ class EmoReg(nn.Module):
             self._traits = dict(self._traits, img_size=size)
             if self.small_image:  # of another size it would be built with patches of another size
                 self.small_image = False
-                self._record(small_image=False, patch_size=self.backbone.patch_embed.patch_size)
+                update_model_args(self, small_image=False, patch_size=self.backbone.patch_embed.patch_size)
 
     def forward_intermediates(
             self,
@@ -467,12 +459,18 @@ class EmoReg(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _refuse_another_form(self, shapes: dict[str, torch.Size]) -> None:
-        """One error in place of torch's list of all tensors of another shape; missing and unexpected ones are torch's.
+        """One error in place of torch's list of all tensors of another shape; missing and unexpected ones are torch's,
+        but for a checkpoint of the plain backbone, which has none of ours.
 
         Raises:
             RuntimeError: As torch does for another shape, whether strict or not.
         """
         own = {name: tensor.shape for name, tensor in self.state_dict().items()}
+        ours = any(name.startswith('backbone.') for name in shapes)
+        if not ours and any(f'backbone.{name}' in own for name in shapes):
+            raise RuntimeError("The checkpoint is of the plain backbone. timm.create_model(..., pretrained=True, "
+                               "pretrained_cfg_overlay={'file': PATH, 'num_classes': N}) loads it, N the classes that "
+                               'it has.')
         different = next((name for name, shape in own.items() if shapes.get(name, shape) != shape), None)
         if different is None or 'head_affect.weight' not in shapes:  # without it, it is no checkpoint of an EmoReg
             return

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from . import BACKBONES, EmoReg, zoo
 from .backbone import resized
-from .checkpoint import CheckpointError, load_training_checkpoint
+from .checkpoint import CheckpointError, judged_state, load_training_checkpoint
 from .data import DataError, Splits, Target
 from .small_image import DEFAULT_SIZE, LARGEST_SIZE
 from .weights import WeightError
@@ -117,12 +117,11 @@ def _from_checkpoint(path: Path) -> Experience:
         shown = {name: getattr(args, name) for name in STIMULI_SETTINGS if getattr(args, name) is not None}
         shown.setdefault('stimuli', 'emoji')
     unfinished = ''
-    if (path.resolve().parents[1] / 'args.json').is_file() and not (path.parent / 'result.json').is_file():
+    if (path.resolve().parent.parent / 'args.json').is_file() and not (path.parent / 'result.json').is_file():
         unfinished = f'; its training was not finished, this is epoch {checkpoint["epoch"] + 1}'
-    # the averaged weights are the ones that stage 1 judged and kept
-    return Experience(str(path), checkpoint.get('state_dict_ema') or checkpoint['state_dict'], answers.affect_kind,
-                      len(answers), answers.names, getattr(args, 'backbone', ''), getattr(args, 'small_image', None),
-                      unfinished, getattr(args, 'model_kwargs', None), shown)
+    return Experience(str(path), judged_state(checkpoint), answers.affect_kind, len(answers), answers.names,
+                      getattr(args, 'backbone', ''), getattr(args, 'small_image', None), unfinished,
+                      getattr(args, 'model_kwargs', None), shown)
 
 
 def find_experience(where: str) -> Experience:

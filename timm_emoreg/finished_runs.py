@@ -33,7 +33,7 @@ class Run:
         path = path / 'result.json' if path.is_dir() else path
         try:
             self.result = json.loads(path.read_text())
-            self.args = json.loads((path.resolve().parents[1] / 'args.json').read_text())
+            self.args = json.loads((path.resolve().parent.parent / 'args.json').read_text())
         except (OSError, ValueError) as e:
             raise HubError(f'{path}: no result of a run of train.py with its args.json one folder up ({e}). Give the '
                            'folder of a stage, such as output/RUN/emoreg.') from e

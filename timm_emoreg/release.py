@@ -22,7 +22,7 @@ import timm_emoreg
 
 from .answers import answer
 from .cards import make_card, make_config
-from .checkpoint import load_training_checkpoint
+from .checkpoint import judged_state, load_training_checkpoint
 from .commit import project_commit
 from .data import STIMULI, TARGETS, ImageSet, Target, load_target
 from .eight_bit import from_eight_bits, to_eight_bits
@@ -161,7 +161,7 @@ def _origin_of_stage_2(run: Run, experience: str | None, place: Home) -> Origin:
     elif os.path.exists(source):
         found = find_experience(source)
         try:
-            args = json.loads((Path(found.source).resolve().parents[1] / 'args.json').read_text())
+            args = json.loads((Path(found.source).resolve().parent.parent / 'args.json').read_text())
         except (OSError, ValueError) as e:
             raise HubError(f'{found.source}: no args.json one folder up tells what stage 1 showed ({e}).') from e
         _refuse_control(args, found.source)
@@ -258,8 +258,7 @@ def _write(run: Run, test: ImageSet | None, form: dict[str, Any], input_size: tu
     Raises:
         HubError: If a tensor does not survive it.
     """
-    checkpoint = load_training_checkpoint(run.checkpoint)
-    state = checkpoint.get('state_dict_ema') or checkpoint['state_dict']
+    state = judged_state(load_training_checkpoint(run.checkpoint))
     rounded = _rounded(state, precision)
     save_file(rounded, file, metadata={'format': 'pt'})
     file.chmod(0o644)  # safetensors lets nobody else read what it writes
@@ -330,6 +329,7 @@ def build(name: str, results: list[Path], plain: list[Path] = (), home: Path = R
     input_size = (3, best.result['img_size'], best.result['img_size'])
 
     known = read_records(place.records).get(name)
+    hub_id = f'{organisation or (known.hub_id.split("/")[0] if known else ORGANISATION)}/{name}'
     with tempfile.TemporaryDirectory(dir=home) as folder:
         file = Path(folder, HUB_FILE)
         tensors = _write(best, test, form, input_size, precision, file)
@@ -346,8 +346,8 @@ def build(name: str, results: list[Path], plain: list[Path] = (), home: Path = R
             hardware=best.result.get('device', 'unknown'), recipe=recipe_of(best, origin.base),
             commit=commit or best.args.get('commit') or project_commit(home), licence='', base=origin.base,
             embedded=embed, default=default,
-            hub_id=f'{organisation or (known.hub_id.split("/")[0] if known else ORGANISATION)}/{name}',
-            hub_commit=known.hub_commit if known is not None and known.sha256 == sha256 else None)
+            hub_id=hub_id,
+            hub_commit=known.hub_commit if known and (known.sha256, known.hub_id) == (sha256, hub_id) else None)
         weight = replace(weight, licence=licence_terms(weight).licence)
         Path(folder, 'config.json').write_text(config_text(weight), encoding='utf-8')
         loaded = timm.create_model(f'local-dir:{folder}', pretrained=True)

@@ -113,7 +113,7 @@ def chosen_once(path: Path, choose: Callable[[], dict]) -> dict:
 def remove_empty_run(folder: Path) -> None:
     """Remove a run's folder that holds its settings and nothing that was trained, so that its name is free again."""
     if folder.is_dir() and not any(folder.glob('*/*.pth.tar')):
-        shutil.rmtree(folder)
+        shutil.rmtree(folder, ignore_errors=True)  # where it cannot be written, that is the error to tell
 
 
 def trim(summary: Path, epoch: int) -> None:

@@ -31,7 +31,11 @@ __all__ = ['LABELS_OF_STAGE_1', 'REGULATION', 'SettingsError', 'backbone_args', 
 LABELS_OF_STAGE_1 = ('stimuli_labels', 'shuffle_stimuli_labels', 'rating_columns')
 # arguments of a timm model that have a flag of their own
 OWN_FLAGS = {'small_image': '--small-image', 'img_size': '--img-size', 'pretrained': '--pretrained-backbone',
-             'drop_rate': '--drop', 'drop_path_rate': '--drop-path'}
+             'drop_rate': '--drop', 'drop_path_rate': '--drop-path', 'pretrained_backbone': '--pretrained-backbone',
+             'backbone': '--model', 'balance': '--balance', 'modulation': '--no-modulation',
+             'experience': '--experience or --separate-experience', 'checkpoint_path': '--experience',
+             'device': '--device', 'dtype': '--amp-dtype'}
+OF_THE_DATA = ('num_classes', 'num_affect', 'affect_kind')
 # choices of the dual head and its training
 REGULATION = ('balance', 'balanced_in', 'modulation', 'keep_affect', 'affect_lr_scale', 'separate_experience')
 FREE_ON_RESUME = ('device', 'data_dir', 'workers', 'log_interval')
@@ -165,6 +169,10 @@ def _check_model(args: Namespace) -> None:
     for name, own in OWN_FLAGS.items():
         if name in args.model_kwargs:
             raise SettingsError(f'--model-kwargs {name}={args.model_kwargs[name]}: use {own} instead.')
+    for name in OF_THE_DATA:
+        if name in args.model_kwargs:
+            raise SettingsError(f'--model-kwargs {name}={args.model_kwargs[name]}: is what images and stimuli have. '
+                                'Leave it out.')
     if args.model_kwargs.get('in_chans', 3) != 3:
         raise SettingsError(f'--model-kwargs in_chans={args.model_kwargs["in_chans"]}: all images are trained on as '
                             'RGB. Leave it out.')
@@ -180,6 +188,11 @@ def _check_stages(args: Namespace, given: Collection[str]) -> None:
     if without and early and not args.stimuli:
         raise SettingsError(f'{flag(early[0])} shapes stage 1, and {without} has no stimuli unless --stimuli names '
                             'some. Give them, or leave it out.')
+    if args.experience == 'none' and args.task == 'plain':
+        raise SettingsError('--experience none: is for the dual head, which --task plain has not. Leave it out.')
+    untaught = [name for name in ('affect_epochs', 'shuffle_stimuli_labels') if getattr(args, name)]
+    if args.experience == 'none' and untaught and not (args.rehearsal and untaught == ['shuffle_stimuli_labels']):
+        raise SettingsError(f'{flag(untaught[0])}: is for a stage 1, and --experience none has none. Leave it out.')
     if args.task != 'emoreg' and (late := [name for name in REGULATION if name in given]):
         raise SettingsError(f'{flag(late[0])}: is a choice of the dual head, which --task {args.task} has not. Leave '
                             'it out.')
@@ -249,6 +262,8 @@ def _check_has_effect(args: Namespace, given: Collection[str]) -> None:
             (('decay_rate',), args.sched in ('step', 'poly'),
              f'with --sched {args.sched}. Use --sched step or poly, or leave it out'),
             (('momentum',), has_momentum, f'with --opt {args.opt}. Leave it out, or use one that has it, such as sgd'),
+            (('start_img_size',), max(args.epochs, args.affect_epochs or 0) > 1,
+             'with one epoch, which has the final size. Leave it out, or train longer'),
             (('hflip', 'cutout'), not args.no_aug, 'with --no-aug. Leave one of them out'),
             (('amp_dtype',), args.amp, 'with --no-amp. Leave one of them out')):
         if not has_effect and (idle := [name for name in names if name in given]):

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from timm.layers import to_2tuple
 from timm.models import is_model_in_modules, split_model_name_tag
 from timm.models.resnet import ResNet
 from torch import nn
@@ -23,7 +24,7 @@ def has_small_image_form(backbone: str) -> bool:
 
 
 def _check_size(size: int | tuple[int, int]) -> tuple[int, int]:
-    size = (size, size) if isinstance(size, int) else tuple(size)
+    size = to_2tuple(size)
     if any(s < GRID or s > LARGEST_SIZE for s in size):
         raise ValueError(f'small_image=True is meant for images of {GRID} to {LARGEST_SIZE} px, got {size}. '
                          'Leave small_image off for larger ones.')

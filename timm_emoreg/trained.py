@@ -9,12 +9,13 @@ from typing import Any
 import timm
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
+from safetensors import SafetensorError
 from timm.data import resolve_model_data_config
 from torch import nn
 
 from . import BACKBONES, EmoReg, zoo
 from .backbone import OF_THE_WEIGHTS, create_backbone
-from .checkpoint import CheckpointError, load_training_checkpoint
+from .checkpoint import CheckpointError, judged_state, load_training_checkpoint
 from .data import DataError, Target
 from .data.choices import unknown_choice
 from .experience import Experience, find_experience
@@ -106,7 +107,7 @@ def released_model(name: str) -> Trained:
         name, names = weight.name, weight.affect_names
     try:
         model = timm.create_model(name, pretrained=True)
-    except (AttributeError, KeyError, OSError, RuntimeError, TypeError) as e:
+    except (AttributeError, KeyError, OSError, RuntimeError, SafetensorError, TypeError, ValueError) as e:
         if not colon:
             raise
         reason = (str(e).splitlines() or [type(e).__name__])[0]  # an assertion or a key may have no text
@@ -179,7 +180,7 @@ def trained_model(where: str | Path, experience: str | None = None) -> Trained:
         raise CheckpointError(f'{path}: holds no settings of its run, so train.py did not write it. Give a run of '
                               'train.py.')
     args = vars(checkpoint['args'])
-    state = checkpoint.get('state_dict_ema') or checkpoint['state_dict']  # the averaged ones are those that were judged
+    state = judged_state(checkpoint)
     if 'head_affect.weight' not in state:
         if args.get('task') != 'plain':
             raise _no_affect(str(path))
