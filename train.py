@@ -99,7 +99,9 @@ from timm_emoreg.trainable import CANNOT_BUILD, ModelError, check_takes, check_t
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+    # a usage of forty lines would hide the one line that tells what is wrong with a flag
+    parser = argparse.ArgumentParser(usage='%(prog)s [--flag value ...]    (%(prog)s --help lists the flags)',
+                                     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     yes_no = argparse.BooleanOptionalAction
 

@@ -87,12 +87,13 @@ def test_config_is_what_timm_reads(make_record):
 
 def test_table(make_record):
     weights = [make_record(embedded=True, default=True), make_record(target='cifar10', hub_commit='4' * 40),
-               make_record(stimuli='ferplus', licence='other')]
+               make_record(stimuli='ferplus', licence='other', precision='int8', size=5_500_000,
+                           eight_bits={'images': 4, 'float32': 50.0, 'int8': 25.0, 'changed': 1})]
     table = make_table({w.name: w for w in weights}).splitlines()
     assert len({row.count('|') for row in table}) == 1
     assert '.emoji` (default) | 0.0 | cc-by-sa-4.0 | in the package | CCC 0.450 ± 0.070 (n = 2)' in table[2]
     assert '| Hub: `timm-emoreg/emoreg_resnet18.emoji_ft_cifar10` | accuracy 0.5 ± 0.1 % (n = 2) | 0.5 ±' in table[3]
-    assert 'research-use-only-ferplus | waits for publication' in table[4]
+    assert '| 5.5 (8 bits) | research-use-only-ferplus | waits for publication' in table[4]
 
 
 @pytest.mark.parametrize(('value', 'text'), [

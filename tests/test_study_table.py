@@ -78,6 +78,8 @@ def test_tables_of_some_seeds_write_nothing(folder, capsys):
 
 
 def test_nothing_finished_is_said(tmp_path):
+    with pytest.raises(StudyError, match=r'nowhere: there is no such folder\. Give the --output of a study'):
+        read_settings(tmp_path / 'nowhere')
     with pytest.raises(StudyError, match=r'results\.csv: no finished run yet\. Start some'):
         tables(tmp_path)
 

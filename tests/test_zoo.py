@@ -104,6 +104,7 @@ def test_find(shelf):
     ({'hub_commit': 'main'}, 'no full commit'),
     ({'label_names': ('cat',)}, 'label_names and target'),
     ({'affect_names': ('valence', 'arousal')}, 'num_affect=1, affect_names name 2'),
+    ({'precision': 'int8'}, 'eight_bits and precision int8 must come together'),
 ])
 def test_records_that_cannot_be_true(make_record, changes, words):
     with pytest.raises(ValueError, match=words):

@@ -149,9 +149,9 @@ def rounded_up(value: float) -> str:
 def eight_bit_cost(weight: Weight) -> str:
     """What the rounding of a weight to 8 bits costs, in a sentence."""
     found = weight.eight_bits
-    return (f'In float32, before it was rounded to 8 bits, the weight has an accuracy of {found["float32"]:.2f} % of '
-            f'the {found["images"]:,} test images, and {found["int8"]:.2f} % as the file has it; {found["changed"]:,} '
-            'answers are others.')
+    return (f'Computed in float32, the weight answers {found["float32"]:.2f} % of the {found["images"]:,} test images '
+            f'correctly before it was rounded to 8 bits and {found["int8"]:.2f} % as the file has it; '
+            f'{found["changed"]:,} answers are others.')
 
 
 def make_card(weight: Weight) -> str:
@@ -170,6 +170,7 @@ def make_card(weight: Weight) -> str:
     kind = 'classifier' if target else 'model'
     trained = (f'from `{weight.base}`' if weight.base else 'from scratch') + f', project commit `{weight.commit}`'
     seeds = ', '.join(map(str, weight.seeds))
+    again = ', and again for what the 8 bits cost, by which nothing was chosen' if weight.eight_bits else ''
     precision = 'int8 with a scale per output channel' if weight.eight_bits else weight.precision
     moved = rounded_up(weight.logit_difference)
     data = [f'- Stimuli: {terms.title}; labels: {weight.stimuli_labels}. {terms.text}']
@@ -220,7 +221,7 @@ decision about a person.
 
 {_results(weight)}
 {f"{chr(10)}{eight_bit_cost(weight)}{chr(10)}" if weight.eight_bits else ''}
-The best epoch was chosen on validation data by {metric_name(weight.metric)}; the test part was looked at once.
+The best epoch was chosen on validation data by {metric_name(weight.metric)}; the test part was looked at once{again}.
 
 ## Training data and their terms
 
@@ -262,6 +263,7 @@ def make_table(weights: dict[str, Weight]) -> str:
         plain = _spread(weight.baseline[metric], metric) if metric in weight.baseline else ''
         star = ' (default)' * weight.default
         licence = licence_terms(weight).licence_name or weight.licence
-        rows.append(f'| `{name}`{star} | {weight.size / 1e6:.1f} | {licence} | {where} | '
+        size = f'{weight.size / 1e6:.1f}' + ' (8 bits)' * bool(weight.eight_bits)
+        rows.append(f'| `{name}`{star} | {size} | {licence} | {where} | '
                     f'{metric_name(metric)} {_spread(weight.metrics[metric], metric)} | {plain} |')
     return '\n'.join(rows)

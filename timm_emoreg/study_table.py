@@ -56,8 +56,10 @@ def read_settings(folder: Path, seeds: Sequence[int] | None = None) -> list[Sett
         seeds: The ones to look at, None for all.
 
     Raises:
-        StudyError: If there are none, or one is of an unknown arm.
+        StudyError: If there is no such folder or no run, or if one is of an unknown arm.
     """
+    if not folder.is_dir():
+        raise StudyError(f'{folder}: there is no such folder. Give the --output of a study.')
     rows = [row for row in read_rows(folder / 'results.csv') if seeds is None or int(row['seed']) in seeds]
     if not rows:
         which = '' if seeds is None else f' with a seed of {", ".join(map(str, seeds))}'
