@@ -56,7 +56,6 @@ from timm_emoreg.settings import batch_of_a_step
     (('--model', 'emoreg'), '--model emoreg: wraps a backbone. Give the name of that, such as --model convnext_atto'),
     (('--model', 'emoreg', '--model-kwargs', 'backbone=test_vit'), 'Give the name of that, such as --model test_vit.'),
     (('--seed', '4294967296'), '--seed 4294967296: expected a number below 2147483648'),
-    (('--start-img-size', '16', '--epochs', '1'), '--start-img-size 16: has no effect with one epoch, which has the'),
     (('--model-kwargs', 'balance=0.3'), '--model-kwargs balance=0.3: use --balance instead'),
     (('--model-kwargs', 'experience=separate'), 'experience=separate: use --experience or --separate-experience inste'),
     (('--model-kwargs', 'backbone=resnet34'), '--model-kwargs backbone=resnet34: use --model instead'),

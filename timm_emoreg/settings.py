@@ -262,8 +262,6 @@ def _check_has_effect(args: Namespace, given: Collection[str]) -> None:
             (('decay_rate',), args.sched in ('step', 'poly'),
              f'with --sched {args.sched}. Use --sched step or poly, or leave it out'),
             (('momentum',), has_momentum, f'with --opt {args.opt}. Leave it out, or use one that has it, such as sgd'),
-            (('start_img_size',), max(args.epochs, args.affect_epochs or 0) > 1,
-             'with one epoch, which has the final size. Leave it out, or train longer'),
             (('hflip', 'cutout'), not args.no_aug, 'with --no-aug. Leave one of them out'),
             (('amp_dtype',), args.amp, 'with --no-amp. Leave one of them out')):
         if not has_effect and (idle := [name for name in names if name in given]):
