@@ -675,7 +675,7 @@ def run(args) -> None:
                     say(args, f'experience: {experience.source}, affect response of {experience.num_affect} '
                               f'({", ".join(experience.names) or experience.affect_kind})' + experience.unfinished)
                 results.append(run_stage(args, args.task, target, device, experience, rehearsed))
-        except BaseException:
+        except Exception:
             if is_primary(args) and not args.resume:
                 remove_empty_run(folder)
             raise
