@@ -501,7 +501,7 @@ def test_damaged_settings_are_named(run, tmp_path, capsys):
         assert f'--resume {tmp_path / "run/args.json"}: is damaged (' in capsys.readouterr().err
 
 
-def test_a_damaged_choice_is_named_and_can_be_removed(run, tmp_path, folder):
+def test_a_damaged_choice_is_named_and_can_be_removed(run, train, tmp_path, folder, monkeypatch):
     assert run('--task', 'plain', '--dataset', folder, '--epochs', 1)[0] == 0
     (tmp_path / 'run/plain/result.json').unlink()
     choices = tmp_path / 'run/plain/choices.json'
@@ -509,7 +509,10 @@ def test_a_damaged_choice_is_named_and_can_be_removed(run, tmp_path, folder):
     status, _, err = run('--resume', tmp_path / 'run')
     assert (status, f'{choices}: is damaged (' in err, len(err.splitlines())) == (2, True, 1), err
     choices.unlink()
+    said = []
+    monkeypatch.setattr(train, 'say', lambda args, text: said.append(text))
     assert run('--resume', tmp_path / 'run')[0] == 0
+    assert f'{tmp_path}/run/plain/last.pth.tar: all epochs are trained, what is left is the test part' in said
 
 
 def test_a_damaged_picture_costs_no_training(run, tmp_path, folder):

@@ -1,7 +1,8 @@
 """Weights in 8 bits, for smaller files: what is loaded from them computes in floating point like any other.
 
 A matrix or kernel w becomes int8 numbers q with a scale for each output channel, w ~ scale q, rounded to nearest in
-[-127, 127] with scale = max |w| / 127 (symmetric, per channel: Krishnamoorthi 2018, arXiv 1806.08342, section 3.1).
+[-127, 127] with scale = max |w| / 127 (symmetric, per channel: Krishnamoorthi 2018, arXiv 1806.08342, sections 2.2
+and 3.1).
 Everything else is kept in 16 bits: vectors, running statistics, position embeddings and tokens.
 """
 from __future__ import annotations
@@ -28,13 +29,14 @@ def eight_bit_layout(layout: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[i
 
 
 def to_eight_bits(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state with its matrices and kernels in int8, their scales in float32, and the rest of it in float16."""
+    """The state with its matrices and kernels in int8, their scales in float32, and the rest of it in float16, all
+    contiguous, as safetensors wants it."""
     rounded = {}
     for name, tensor in state_dict.items():
         if not tensor.is_floating_point():
-            rounded[name] = tensor
+            rounded[name] = tensor.contiguous()
         elif not _is_rounded(name, tensor.ndim):
-            rounded[name] = tensor.half()
+            rounded[name] = tensor.half().contiguous()
         else:
             rows = tensor.float().flatten(1)
             scale = rows.abs().amax(dim=1) / STEPS
