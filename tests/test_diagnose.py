@@ -8,7 +8,7 @@ from test_answers import build, images
 
 from timm_emoreg.answers import answer
 from timm_emoreg.data import DataError, ImageSet, Target, load_target
-from timm_emoreg.diagnose import affect_quality, diagnose, main, with_constant_state
+from timm_emoreg.diagnose import affect_quality, diagnose, main, similarity, with_constant_state
 
 
 def stimuli_like(trained, n=9):
@@ -55,6 +55,7 @@ def test_a_model_that_stage_2_left_alone_kept_everything():
     found = diagnose(trained, before, stimuli_like(trained), images())
     assert found['affect']['before'] == found['affect']['after']
     assert found['state']['moved'] == 0
+    assert found['similarity']['before'] == found['similarity']['after'] != found['similarity']['untrained']
     assert found['state']['sd_before'] == found['state']['sd_after'] > 0
     assert found['balance'] == {'mean': 0.5, 'sd': 0.0}
 
@@ -76,6 +77,19 @@ def test_a_model_that_changed_is_compared_with_what_it_was():
     assert (found['stimuli'], found['images']) == (9, 5)
 
 
+@pytest.mark.parametrize('experience', ['shared', 'separate'])
+def test_similarity_is_the_mean_cosine_of_different_images(experience):
+    trained, shown = build(experience=experience), images()
+    model = trained.model
+    stream = model.backbone if experience == 'shared' else model.backbone_emo
+    mean, std = (torch.tensor(model.pretrained_cfg[k])[:, None, None] for k in ('mean', 'std'))
+    x = (torch.from_numpy(shown.images).permute(0, 3, 1, 2) / 255 - mean) / std
+    with torch.no_grad():
+        h = stream.forward_head(stream.forward_features(x), pre_logits=True)
+    pairs = [torch.cosine_similarity(h[i], h[j], dim=0) for i in range(5) for j in range(5) if i != j]
+    assert similarity(model, shown, (32, 32), 'cpu') == pytest.approx(torch.stack(pairs).mean().item(), abs=1e-4)
+
+
 def test_what_does_not_belong_together_is_refused():
     trained = build()
     with pytest.raises(DataError, match='the stimuli ask for joy, fear, the affect response of a model gives joy, '):
@@ -90,7 +104,8 @@ def test_command(trained_run, colours, capsys):
     argv = [str(trained_run), '--experience', str(trained_run), '--stimuli', str(colours), '--dataset', str(colours)]
     assert main(argv) == 0
     found = json.loads(capsys.readouterr().out)
-    assert set(found) == {'model', 'stimuli', 'images', 'affect', 'state', 'constant_state', 'top1', 'balance'}
+    assert set(found) == {'model', 'stimuli', 'images', 'affect', 'similarity', 'state', 'constant_state', 'top1',
+                          'balance'}
     assert found['state']['moved'] > 0
     assert main([str(trained_run / 'nothing'), *argv[1:]]) == 2
     assert capsys.readouterr().err.startswith('diagnose: ')

@@ -3,6 +3,8 @@
     python -m timm_emoreg.diagnose output/RUN
 
     affect         quality of the affect response on stimuli before and after stage 2: does stage 2 erase stage 1?
+    similarity     of the pooled features of different images (mean cosine; 1 if all are alike), untrained, before and
+                   after stage 2: did stage 1 leave features to start from?
     state          how far the affective state of downstream images moved, and how much of it varies between images
     constant_state downstream accuracy if each image got the mean state instead of its own: is it made use of?
     top1           of the non-emotional, the emotionally-influenced and the regulated response
@@ -18,19 +20,25 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import timm
 import torch
+import torch.nn.functional as F
+from timm.data import resolve_model_data_config
+from timm.models import get_model_args
 from torch import Tensor, nn
 
-from .answers import Answers, answer, check_device
+from .answers import BATCH, Answers, answer, check_device
 from .checkpoint import CheckpointError
 from .data import DataError, ImageSet, load_stimuli, load_target
 from .data.controls import predict_rotation
+from .data.loader import make_loader
+from .emoreg import EmoReg
 from .experience import STIMULI_SETTINGS, find_experience
-from .metrics import EmotionEvaluator, RatingEvaluator
+from .metrics import EmotionEvaluator, RatingEvaluator, wide_dtype
 from .trained import Trained, need_affect, some, trained_model
 from .weights import WeightError
 
-__all__ = ['affect_quality', 'diagnose', 'main', 'with_constant_state']
+__all__ = ['affect_quality', 'diagnose', 'main', 'similarity', 'with_constant_state']
 
 
 class _Constant(nn.Module):
@@ -71,6 +79,25 @@ def affect_quality(trained: Trained, stimuli: ImageSet, device: torch.device | s
     return {name: round(float(value), 4) for name, value in evaluator.compute().items()}
 
 
+@torch.inference_mode()
+def similarity(model: EmoReg, images: ImageSet, size: tuple[int, int], device: torch.device | str) -> float:
+    """Mean cosine similarity of the pooled features that the affect response reads, over all pairs of images."""
+    stream = (model.backbone if model.backbone_emo is None else model.backbone_emo).to(device).eval()
+    count, wide = len(images), wide_dtype(torch.device(device))
+    total = torch.zeros(stream.head_hidden_size, dtype=wide, device=device)
+    for x, _ in make_loader(images, size, BATCH, resolve_model_data_config(model), device=device):
+        h = stream.forward_head(stream.forward_features(x), pre_logits=True)
+        total += F.normalize(h.to(total), dim=1).sum(dim=0)
+    return round(((total.square().sum().item() - count) / (count * (count - 1))), 4)
+
+
+def _untrained(model: EmoReg) -> EmoReg:
+    """A model of the same form as it is before any training, seed 0."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return timm.create_model(model.pretrained_cfg['architecture'], **get_model_args(model))
+
+
 def _top1(response: Tensor, target: Tensor) -> float:
     return round(100 * (response.argmax(dim=1) == target).double().mean().item(), 2)
 
@@ -99,14 +126,18 @@ def diagnose(trained: Trained, before: dict[str, Tensor], stimuli: ImageSet, ima
         raise DataError(f'the images have {len(names)} classes ({some(names)}), {trained.source} answers with '
                         f'{model.num_classes} others ({some(trained.label_names)}). Give the --dataset of its stage 2.')
     after = affect_quality(trained, stimuli, device)
+    alike = {'untrained': similarity(_untrained(model), images, trained.img_size, device),
+             'after': similarity(model, images, trained.img_size, device)}
     own, _ = answer(trained, images, device)
     constant = with_constant_state(trained, images, own.state.mean(dim=0), device)
     model.load_experience(before)
     then, _ = answer(trained, images, device)
+    alike['before'] = similarity(model, images, trained.img_size, device)
     target = images.targets
     return {
         'model': trained.source, 'stimuli': len(stimuli), 'images': len(images),
         'affect': {'before': affect_quality(trained, stimuli, device), 'after': after},
+        'similarity': {name: alike[name] for name in ('untrained', 'before', 'after')},
         'state': {'moved': round((own.state - then.state).abs().mean().item(), 4),
                   'sd_before': round(then.state.std(dim=0, correction=0).mean().item(), 4),
                   'sd_after': round(own.state.std(dim=0, correction=0).mean().item(), 4)},
