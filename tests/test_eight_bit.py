@@ -39,6 +39,12 @@ def test_a_state_in_floating_point_stays_as_it_is(model):
     assert all(torch.equal(t, state[name]) for name, t in from_eight_bits(state).items())
 
 
+def test_they_are_not_taken_for_weights(model):
+    for strict in (True, False):
+        with pytest.raises(RuntimeError, match=r'is in 8 bits\. timm\.create_model\(\.\.\., pretrained=True'):
+            model.load_state_dict(to_eight_bits(model.state_dict()), strict=strict)
+
+
 def test_timm_loads_a_file_of_them(model, tmp_path):
     rounded = to_eight_bits(model.state_dict())
     save_file(rounded, tmp_path / 'model.safetensors')

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-__all__ = ['eight_bit_layout', 'from_eight_bits', 'to_eight_bits']
+__all__ = ['SCALE', 'eight_bit_layout', 'from_eight_bits', 'to_eight_bits']
 
 SCALE = ':scale'  # after the name of a tensor, which never holds a colon, that of its scales (output channels,)
 STEPS = 127

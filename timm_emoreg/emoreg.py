@@ -33,6 +33,7 @@ from .backbone import (
     resized,
     small_image_cfg,
 )
+from .eight_bit import SCALE
 from .regulation import AffectiveState, Balance, Modulation, Responses, check_regulation, regulate
 from .small_image import DEFAULT_SIZE
 
@@ -460,12 +461,16 @@ class EmoReg(nn.Module):
 
     def _refuse_another_form(self, shapes: dict[str, torch.Size]) -> None:
         """One error in place of torch's list of all tensors of another shape; missing and unexpected ones are torch's,
-        but for a checkpoint of the plain backbone, which has none of ours.
+        but for a checkpoint of the plain backbone, which has none of ours, and for one in 8 bits.
 
         Raises:
             RuntimeError: As torch does for another shape, whether strict or not.
         """
         own = {name: tensor.shape for name, tensor in self.state_dict().items()}
+        if any(name.endswith(SCALE) for name in shapes):  # as they are, its numbers would be taken for weights
+            raise RuntimeError("The checkpoint is in 8 bits. timm.create_model(..., pretrained=True, "
+                               "pretrained_cfg_overlay={'file': PATH, 'num_classes': N}) loads it, N the classes that "
+                               'it has.')
         ours = any(name.startswith('backbone.') for name in shapes)
         if not ours and any(f'backbone.{name}' in own for name in shapes):
             raise RuntimeError("The checkpoint is of the plain backbone. timm.create_model(..., pretrained=True, "
