@@ -18,6 +18,7 @@ from timm_emoreg.study import Study, hold, main
 from timm_emoreg.study_grid import StudyError, read_rows
 
 FAKE = Path(__file__).parent / 'fake_train.py'
+TRAIN = Path(__file__).parents[1] / 'train.py'
 SMALL = ('--models', 'test_resnet', '--stimuli', 'emoji', '--train-images', '1000', '--epochs', '3')
 
 
@@ -247,6 +248,27 @@ def test_what_does_not_fit_is_refused(run, tmp_path, argv, message):
     assert not (tmp_path / 's').exists()
 
 
+@pytest.mark.parametrize(('argv', 'own', 'message'), [
+    ((), ('--lrr', '1'), 'study: test_resnet_cifar10_1000_plain_s0: train.py refuses its flags: unrecognized '
+                         'arguments: --lrr 1\n'),
+    (('--arms', 'plain:opt=sdg'), (), 'plain.opt=sdg_s0: train.py refuses its flags: --opt sdg'),
+    (('--arms', 'regulated:balance=2'), (), 'balance=2_s0: train.py refuses its flags: balance=2.0 is outside [0, 1]'),
+    (('--target-flags=--cutout 40',), (), 'train.py refuses its flags: --cutout 40: would leave nothing'),
+])
+def test_flags_that_train_py_refuses_are_refused_before_the_first_run(run, tmp_path, argv, own, message):
+    status, _, err = run('--arms', 'plain', '--seeds', 0, *argv, own=own, script=TRAIN)
+    assert status == 2
+    assert message in err
+    assert not (tmp_path / 's').exists()
+
+
+def test_more_images_than_there_are_is_refused_before_the_first_run(run, colours, tmp_path):
+    status, _, err = run('--targets', colours, '--train-images', '40', '4000', '--seeds', 0)
+    assert (status, err) == (2, f'study: {colours.name}: 4,000 training images were asked for. Give a number from 3, '
+                                'one a class, to 48, all there are.\n')
+    assert not (tmp_path / 's').exists()
+
+
 def test_flags_of_train_py_go_after_two_dashes(run, capsys):
     with pytest.raises(SystemExit):
         run('--img-size', 32)
@@ -308,10 +330,11 @@ def pictures(tmp_path) -> Path:
 
 
 def test_a_set_of_ones_own_may_be_named_in_other_words_but_must_not_change(run, tmp_path, pictures, monkeypatch):
-    both = ('--stimuli', pictures, '--targets', pictures, '--seeds', 0, '--arms', 'plain')
+    own = ('--train-images', 'all', '--seeds', 0, '--arms', 'plain')
+    both = ('--stimuli', pictures, '--targets', pictures, *own)
     assert run(*both)[0] == 0
     monkeypatch.chdir(tmp_path)
-    both = ('--stimuli', 'pictures/', '--targets', './pictures', '--seeds', 0, '--arms', 'plain', 'random')
+    both = ('--stimuli', 'pictures/', '--targets', './pictures', *own, 'random')
     assert '1 runs to do, 1 finished before' in run(*both)[1]
     assert {row['target'] for row in read_rows(tmp_path / 's/results.csv')} == {str(pictures)}
     shutil.copyfile(pictures / 'sky/1.png', pictures / 'sky/new.png')
@@ -324,7 +347,8 @@ def test_a_set_of_ones_own_may_be_named_in_other_words_but_must_not_change(run, 
 
 def test_a_set_that_no_run_could_use_may_be_mended(run, tmp_path, pictures, monkeypatch):
     """One broken picture of the target must not cost the stage 1 that had ended before."""
-    command, key = ('--targets', pictures, '--seeds', 0, '--arms', 'init'), 'test_resnet_emoji_pictures_1000_init_s0'
+    command = ('--targets', pictures, '--train-images', 'all', '--seeds', 0, '--arms', 'init')
+    key = 'test_resnet_emoji_pictures_all_init_s0'
     monkeypatch.setenv('FAKE_FAIL', key)
     assert run(*command)[0] == 1
     shutil.rmtree(tmp_path / 's/runs' / key)  # as train.py leaves it where nothing was trained
@@ -379,7 +403,7 @@ def test_a_csv_as_stimuli(run, tmp_path):
 
 def test_flags_of_a_run_that_never_began_can_be_corrected(run, tmp_path):
     refuses = tmp_path / 'refuses.py'
-    refuses.write_text("import sys; sys.exit('train.py: error: unrecognized arguments: --lrr')")
+    refuses.write_text("import sys\ndef parse_args(argv): pass\nif __name__ == '__main__': sys.exit('no such flag')")
     assert run('--arms', 'plain', '--seeds', 0, own=('--lrr', '0.1'), script=refuses)[0] == 1
     assert run('--arms', 'plain', '--seeds', 0, own=('--lr', '0.1'))[0] == 0
 
@@ -422,7 +446,7 @@ def test_the_real_training_script(run, colours, tmp_path, capsys):
     own = ('--img-size', '32', '-b', '16', '--no-amp')
     status, out, err = run('--stimuli', colours, '--targets', colours, '--train-images', '40', '--epochs', '1',
                            '--arms', 'plain', 'regulated', '--seeds', 0, '--jobs', 2, '--threads', 1,
-                           script=Path(__file__).parents[1] / 'train.py', own=own)
+                           script=TRAIN, own=own)
     assert (status, err) == (0, ''), out
     assert {row['arm']: row['images'] for row in read_rows(tmp_path / 's/results.csv')} == dict.fromkeys(
         ('plain', 'regulated'), '40')

@@ -23,7 +23,10 @@ regulated:learned, regulated:keep-affect=1, init:shuffled, plain:lr=0.05.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import fcntl
+import importlib.util
+import io
 import json
 import os
 import shlex
@@ -35,7 +38,6 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 
 import timm
@@ -43,8 +45,9 @@ import torch
 
 import timm_emoreg
 
-from .data import STIMULI, TARGETS, DataError, absolute, stimuli_parts
+from .data import STIMULI, TARGETS, DataError, absolute, load_target, stimuli_parts
 from .data.choices import unknown_choice
+from .data.controls import fewer_images
 from .files import write_text
 from .marks import MarksError, write_between_marks
 from .run_folder import DamagedError, read_json
@@ -72,7 +75,7 @@ from .study_table import make_table, read_settings, write_table
 __all__ = ['Study', 'hold', 'main']
 
 
-@contextmanager
+@contextlib.contextmanager
 def hold(folder: Path) -> Iterator[int]:
     """The lock of a study's folder, as a file descriptor.
 
@@ -401,7 +404,8 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument('--jobs', type=int, default=1, help='runs at a time (default: 1)')
     run.add_argument('--devices', nargs='+', help='of the jobs, in turn: cpu, cuda:0 ... (default: all GPUs, else cpu)')
     run.add_argument('--threads', type=int, help='CPU threads a run (default: the cores, shared out among the jobs)')
-    run.add_argument('--train-script', type=Path, help='default: the train.py beside the package')
+    run.add_argument('--train-script', type=Path, help='its parse_args checks the flags of all runs before the first '
+                     'one (default: the train.py beside the package)')
     run.add_argument('--keep-checkpoints', action='store_true',
                      help="all of them; else only stage 1's best, as a ResNet-18 leaves 270 MB a run")
     run.add_argument('--dry-run', action='store_true', help='print the plan and do nothing')
@@ -460,6 +464,34 @@ def _check(args: argparse.Namespace) -> None:
                          "repository's train.py with --train-script.")
 
 
+def _check_train_images(args: argparse.Namespace) -> None:
+    for target in args.targets:
+        numbers = [int(images) for images in args.train_images if images != 'all']
+        try:
+            splits = load_target(target, args.data_dir) if numbers else None
+        except DataError:  # the runs that need the set will fail and say so; the others go on
+            continue
+        for number in numbers:
+            fewer_images(splits, number, seed=0)
+
+
+def _check_flags(runs: Sequence[Run], script: Path) -> None:
+    """Refuse what train.py would refuse on the command line of a run, before the first one is trained."""
+    spec = importlib.util.spec_from_file_location('train', script)
+    train = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(train)
+    for run in {(run.model, run.arm, run.stimuli, run.target, run.train_images): run for run in runs}.values():
+        said = io.StringIO()
+        try:
+            with contextlib.redirect_stderr(said):
+                train.parse_args([*run.flags, *(('--experience', run.needs) if run.needs else ())])
+        except SystemExit as e:
+            if not e.code:  # --help
+                raise
+            raise StudyError(f'{run.key}: train.py refuses its flags: {said.getvalue().strip().partition("error: ")[2]}'
+                             ) from None
+
+
 def _run(args: argparse.Namespace) -> int:
     args.affect_epochs = args.epochs if args.affect_epochs is None else args.affect_epochs
     if args.threads is None:
@@ -471,7 +503,9 @@ def _run(args: argparse.Namespace) -> int:
     args.stimuli = ['+'.join(absolute(part, STIMULI) for part in stimuli_parts(name)) for name in args.stimuli]
     args.targets = [absolute(name, TARGETS) for name in args.targets]
     args.train_images = [images if images == 'all' else str(int(images)) for images in args.train_images]
+    _check_train_images(args)
     runs, notes = plan(args)
+    _check_flags(runs, args.train_script)
     print(*notes, sep='\n', end='\n' if notes else '')
 
     digests = data_digests(runs, args.data_dir, Ratings.given(args))
