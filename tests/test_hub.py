@@ -674,7 +674,7 @@ def test_a_push_that_fails_under_another_owner_leaves_record_and_card(hub, built
 
 def test_the_commands_need_a_checkout(tmp_path, home, capsys):
     (home / 'train.py').unlink()  # as an installed package has none
-    assert main(['table', '--home', str(home)]) == 1
+    assert main(['table', '--home', str(home)]) == 2
     assert f'hub: {home} is no checkout of the project' in capsys.readouterr().err
 
 
@@ -737,15 +737,15 @@ def test_command_line(run, home, capsys, tmp_path):
     assert main(['table', '--write', str(readme), *place]) == 0
     assert readme.read_text() == f'a\n<!-- weights -->\n{table}\n<!-- /weights -->\nb\n'
     readme.write_text('nothing')
-    assert main(['table', '--write', str(readme), *place]) == 1
+    assert main(['table', '--write', str(readme), *place]) == 2
     assert 'README.md: holds no <!-- weights --> ... <!-- /weights --> to write between' in capsys.readouterr().err
     (home / 'hub_cards' / NAME / 'README.md').write_text('x')
     assert main(['check', NAME, *place]) == 1
     assert main(['publish', '--all', *place]) == 1
     assert 'is not published' in capsys.readouterr().err
-    assert main(['check', 'emoreg_resnet18.faces', *place]) == 1
+    assert main(['check', 'emoreg_resnet18.faces', *place]) == 2
     assert f'Known: {NAME}' in capsys.readouterr().err
-    assert main(['check', '--all', '--home', str(tmp_path)]) == 1
+    assert main(['check', '--all', '--home', str(tmp_path)]) == 2
     for wrong in (['check'], ['publish', NAME, '--all'], []):
         with pytest.raises(SystemExit):
             main([*wrong, *place])

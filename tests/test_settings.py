@@ -42,7 +42,7 @@ from timm_emoreg.settings import batch_of_a_step
     (('--rehearsal', '1'), '--rehearsal 1.0 shows --stimuli beside the images of --task emoreg: give both'),
     (('--rehearsal', '1', '--stimuli', 'emoji', '--task', 'plain'), 'beside the images of --task emoreg'),
     (('--affect-lr-scale', '-1'), '--affect-lr-scale: expected a number, 0.0 or more, got -1'),
-    (('--opt', 'sdg'), '--opt sdg, --opt-kwargs {}: '),
+    (('--opt', 'sdg'), 'timm.optim.list_optimizers() names the optimizers. Did you mean sgd?'),
     (('--opt', 'muon', '--opt-kwargs', 'steps=3'), "--opt-kwargs {'steps': 3}: "),
     (('--opt-kwargs', 'ns_steps=3'), "--opt-kwargs {'ns_steps': 3}: belong to one optimizer. Give --opt, too"),
     (('--start-img-size', '4'), '--start-img-size 4: expected 8 to 32, the --img-size'),

@@ -230,7 +230,7 @@ def _table(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; 0 if all is well, 1 if something was refused or found wrong."""
+    """Run a command; 0 if all is well, 1 if a weight was found wrong or not published, 2 if something was refused."""
     parser = _parser()
     args = parser.parse_args(argv)
     try:
@@ -266,7 +266,7 @@ def main(argv: list[str] | None = None) -> int:
         return int(failed)
     except (HubError, WeightError, CheckpointError, DataError, OSError, ValueError) as e:
         print(f'hub: {e}', file=sys.stderr)
-        return 1
+        return 2
 
 
 if __name__ == '__main__':

@@ -15,7 +15,7 @@ from typing import Any
 import timm
 import torch
 from timm.models import get_arch_pretrained_cfgs
-from timm.optim import create_optimizer_v2, get_optimizer_info
+from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
 
 from . import BACKBONES
 from .data import STIMULI, TARGETS, DataError, Splits, absolute, stimuli_parts
@@ -245,8 +245,10 @@ def _check_recipe(args: Namespace) -> None:
                                 **args.opt_kwargs).step()
         except (AssertionError, ImportError, RuntimeError, TypeError, ValueError) as e:
             reason = str(e).rstrip('.') or 'it cannot be had here'  # timm asserts without a word what must be installed
+            near = difflib.get_close_matches(args.opt, list_optimizers(), n=1)
             raise SettingsError(f'--opt {args.opt}, --opt-kwargs {args.opt_kwargs}: {reason}. '
-                                'timm.optim.list_optimizers() names the optimizers.') from e
+                                'timm.optim.list_optimizers() names the optimizers.'
+                                + (f' Did you mean {near[0]}?' if near and near[0] != args.opt else '')) from e
 
 
 def _check_has_effect(args: Namespace, given: Collection[str]) -> None:
