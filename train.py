@@ -229,11 +229,18 @@ def target_of(args):
     return fewer_images(splits, args.train_images, args.seed) if args.train_images else splits
 
 
+def weights_survive(args, task: str, splits, experience: Experience | None, resumed: bool) -> bool:
+    """Whether something is left of the backbone's own weights when a stage begins, or goes on."""
+    taught = bool(experience and experience.state_dict)
+    if resumed:  # the affect response that is kept close to is in no checkpoint
+        return task == 'emoreg' and args.keep_affect > 0 and not taught
+    classifier = len(splits.target) == timm.get_pretrained_cfg(args.backbone).num_classes
+    return classifier or not taught or (task == 'emoreg' and args.separate_experience)
+
+
 def build_model(args, task: str, splits, experience: Experience | None, resumed: bool = False):
-    kept = not (experience and experience.state_dict) or (task == 'emoreg' and args.separate_experience)
-    kept |= len(splits.target) == timm.get_pretrained_cfg(args.backbone).num_classes  # the classifier
     common = dict(backbone_args(vars(args)), drop_rate=args.drop, drop_path_rate=args.drop_path,
-                  pretrained=args.pretrained_backbone and kept and not resumed)  # or they would be overwritten
+                  pretrained=args.pretrained_backbone and weights_survive(args, task, splits, experience, resumed))
     if task == 'plain':
         model = create_backbone(args.backbone, num_classes=len(splits.target), **common)
         if experience is not None:
@@ -734,8 +741,9 @@ def main() -> int:
         if not lost_another(e):
             raise
         what = str(e).split('. ')[0]
+        then = f' Go on with: {resume_command(args)}' if last_good(args) else ''
         print(f'train.py: process {args.rank} of {args.world_size} lost another one ({what}), whose own message says '
-              f'why. Go on with: {resume_command(args)}', file=sys.stderr)
+              f'why.{then}', file=sys.stderr)
         return 1
     return 0
 

@@ -88,6 +88,14 @@ def test_similarity_is_the_mean_cosine_of_different_images(experience):
         h = stream.forward_head(stream.forward_features(x), pre_logits=True)
     pairs = [torch.cosine_similarity(h[i], h[j], dim=0) for i in range(5) for j in range(5) if i != j]
     assert similarity(model, shown, (32, 32), 'cpu') == pytest.approx(torch.stack(pairs).mean().item(), abs=1e-4)
+    with pytest.raises(DataError, match='There is 1 image in the validation part, and how alike features of'):
+        similarity(model, shown.subset([0]), (32, 32), 'cpu')
+
+
+def test_features_that_are_all_zero_are_like_no_others():
+    model = build().model
+    model.backbone.forward_head = lambda features, pre_logits: torch.zeros(len(features), model.num_features)
+    assert similarity(model, images(), (32, 32), 'cpu') == 0
 
 
 def test_what_does_not_belong_together_is_refused():
@@ -113,7 +121,7 @@ def test_command(trained_run, colours, capsys):
     assert capsys.readouterr().err.startswith('diagnose: --device abacus: torch cannot compute there (')
     assert main([*argv, '--stimuli-labels', 'rotation']) == 2  # is known, but not what this run learned
     assert 'the stimuli ask for 0 degrees, 90 degrees, ' in capsys.readouterr().err
-    assert main([str(trained_run / 'affect'), *argv[1:]]) == 2
+    assert main([str(trained_run / 'affect'), *argv[1:3]]) == 2  # which has no --dataset of its own
     assert 'is the result of stage 1 and has no response to images. Give a run of' in capsys.readouterr().err
 
 
@@ -125,8 +133,11 @@ def test_stimuli_images_and_stage_1_are_those_of_the_run(trained_run, colours, c
     assert capsys.readouterr().out == found
     assert main([str(trained_run), '--stimuli-labels', 'rotation']) == 2  # the run's stimuli, with other labels
     assert 'the stimuli ask for 0 degrees, 90 degrees, ' in capsys.readouterr().err
-    assert main([str(trained_run / 'affect')]) == 2
-    assert 'affect: started from no stage 1 that could be compared with it. Give a run' in capsys.readouterr().err
+    stage_2 = torch.load(trained_run / 'emoreg/model_best.pth.tar', weights_only=False)
+    stage_2['args'].experience = 'none'
+    torch.save(stage_2, tmp_path / 'random.pth.tar')
+    assert main([str(tmp_path / 'random.pth.tar')]) == 2
+    assert 'started from no stage 1 that could be compared with it. Give a run' in capsys.readouterr().err
     stage_1 = torch.load(trained_run / 'affect/model_best.pth.tar', weights_only=False)
     stage_1['args'].shuffle_stimuli_labels = True
     torch.save(stage_1, tmp_path / 'shuffled.pth.tar')

@@ -163,19 +163,21 @@ def test_torchrun_starts_it(two, tmp_path, folder):
     assert rows(tmp_path / 'run/plain') == rows(two)
 
 
-@pytest.mark.parametrize('killed', [0, 1])
-def test_a_killed_process_ends_the_other_with_a_message(tmp_path, folder, killed):
+@pytest.mark.parametrize(('killed', 'after', 'goes_on'), [(0, 'epoch 2/', True), (1, 'epoch 2/', True),
+                                                          (1, 'plain: ', False)])  # nothing is trained yet
+def test_a_killed_process_ends_the_other_with_a_message(tmp_path, folder, killed, after, goes_on):
     argv = (*RECIPE, '--task', 'plain', '--dataset', folder, '--output', tmp_path, '--experiment', 'run')
     runs = start(*argv, '--epochs', 100_000)
-    runs[0].until('epoch 2/')
+    runs[0].until(after)
     runs[killed].process.kill()
     left = runs[1 - killed].process
     left.join(60)
     assert left.exitcode == 1
     last = runs[1 - killed].end()[1].splitlines()[-1]
     assert last.startswith(f'train.py: process {1 - killed} of 2 lost another one (')
-    assert last.endswith('whose own message says why. Go on with: torchrun --nproc-per-node 2 train.py --resume '
-                         f'{tmp_path / "run"}')
+    then = f' Go on with: torchrun --nproc-per-node 2 train.py --resume {tmp_path / "run"}' if goes_on else ''
+    assert last.endswith(f'whose own message says why.{then}')
+    assert (tmp_path / 'run').exists() == goes_on
     assert 'Traceback' not in runs[1 - killed].text
 
 

@@ -791,7 +791,7 @@ def test_a_checkpoint_of_the_plain_backbone_is_told_how_to_be_loaded(backbone, t
     plain = plain_model(backbone)
     torch.save(plain.state_dict(), tmp_path / 'plain.pth')
     for strict in (True, False):
-        with pytest.raises(RuntimeError, match=r'of the plain backbone\. timm.create_model\(\.\.\., pretrained=True'):
+        with pytest.raises(RuntimeError, match=r'of the plain backbone\. timm\.create_model\(NAME, num_classes=N'):
             create(backbone).load_state_dict(plain.state_dict(), strict=strict)
     overlay = {'file': str(tmp_path / 'plain.pth'), 'num_classes': plain.num_classes}  # as the message says
     loaded = create(backbone, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=plain.num_classes, balance=0)

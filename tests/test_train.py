@@ -17,8 +17,10 @@ import torch
 from PIL import Image
 
 from timm_emoreg.attention import fused_attentions
-from timm_emoreg.data import load_target
+from timm_emoreg.checkpoint import CheckpointError
+from timm_emoreg.data import DataError, load_target
 from timm_emoreg.data.resident import EpochLoader
+from timm_emoreg.run_folder import WriteError
 
 SCRIPT = Path(__file__).parents[1] / 'train.py'
 
@@ -59,6 +61,20 @@ def watched(train, monkeypatch):
         monkeypatch.setattr(train, name, call)
         return calls
     return watch
+
+
+@pytest.mark.parametrize('error', [
+    CheckpointError('x'), DataError('x'), FloatingPointError('x'), KeyError('x'), OSError('x'), RuntimeError('x'),
+    torch.OutOfMemoryError('x'), WriteError('x')])
+def test_an_error_before_anything_is_trained_leaves_no_run(train, run, folder, tmp_path, monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(train, 'run_stage', fail)
+    with contextlib.suppress(KeyError, RuntimeError):  # what is a defect keeps its traceback
+        assert run('--task', 'plain', '--dataset', folder)[0] in (1, 2)
+    assert not (tmp_path / 'run').exists()
+
 
 
 def rows(path: Path) -> list[dict]:

@@ -115,6 +115,11 @@ def test_weights_of_the_backbone_that_would_be_overwritten_are_not_asked_for(tra
             (lambda: train.build_model(parsed(*flags, '--separate-experience'), 'emoreg', THREE, experience), True),
             (lambda: train.build_model(parsed(*flags), 'emoreg', THREE, untrained_experience()), True),
             (lambda: train.build_model(parsed(*flags), 'affect', THREE, None, resumed=True), False),
+            (lambda: train.build_model(parsed(*flags), 'emoreg', THREE, untrained_experience(), resumed=True), False),
+            # the affect response to keep close to is that of the beginning, and in no checkpoint
+            (lambda: train.build_model(parsed(*flags, '--keep-affect', 1), 'emoreg', THREE, untrained_experience(),
+                                       resumed=True), True),
+            (lambda: train.build_model(parsed(*flags, '--keep-affect', 1), 'affect', THREE, None, resumed=True), False),
             (lambda: train.build_model(parsed(*flags), 'emoreg', SimpleNamespace(target=thousand), experience), True)):
         asked.clear()
         call()

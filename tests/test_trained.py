@@ -250,3 +250,17 @@ def test_a_folder_of_a_plain_model_is_refused(tmp_path):
     save_for_hf(timm.create_model('test_resnet'), tmp_path, safe_serialization=True)
     with pytest.raises(DataError, match='has no affect response'):
         released_model(f'local-dir:{tmp_path}')
+
+
+@pytest.mark.parametrize('damage', [
+    lambda folder, config: (folder / 'model.safetensors').unlink() or (folder / 'pytorch_model.bin').touch(),
+    lambda folder, config: config['pretrained_cfg'].update(input_size=[3]),
+    lambda folder, config: config['pretrained_cfg'].update(label_names=5),
+])
+def test_a_damaged_folder_is_told_in_one_line(tmp_path, damage):
+    save_for_hf(timm.create_model('emoreg', backbone='test_resnet', num_classes=0), tmp_path, safe_serialization=True)
+    config = json.loads((tmp_path / 'config.json').read_text())
+    damage(tmp_path, config)
+    (tmp_path / 'config.json').write_text(json.dumps(config))
+    with pytest.raises(DataError, match=r'timm cannot load it \(.*\)\. It should hold what timm\.models\.save_for_hf'):
+        released_model(f'local-dir:{tmp_path}')

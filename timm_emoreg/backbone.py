@@ -19,7 +19,7 @@ from .small_image import DEFAULT_SIZE, small_image_args, small_image_stem
 from .zoo import whole_image_cfg
 
 __all__ = ['Classifier', 'backbone_cfg', 'check_backbone', 'check_backbone_name', 'checkpoint_filter_fn',
-           'create_backbone', 'pooling', 'prefixed', 'put_classifier', 'remove_classifier', 'resized',
+           'create_backbone', 'pooling', 'prefixed', 'put_classifier', 'remove_classifier', 'resized_state',
            'small_image_cfg']
 
 # Families that apply their dropout after pre_logits, by a function call or a module beside the classifier. Where it is
@@ -286,7 +286,7 @@ def _fitted_by_family(state_dict: dict[str, Tensor], backbone: nn.Module) -> dic
     return family_filter(state_dict, backbone) if takes_model else family_filter(state_dict)
 
 
-def resized(state_dict: dict[str, Tensor], backbone: nn.Module) -> dict[str, Tensor]:
+def resized_state(state_dict: dict[str, Tensor], backbone: nn.Module) -> dict[str, Tensor]:
     """The state of a backbone of the same architecture, which may have been built for images of another size.
 
     The family's own filter resizes what depends on the size (position embeddings and patches of a ViT, for instance).

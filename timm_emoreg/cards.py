@@ -172,6 +172,7 @@ def make_card(weight: Weight) -> str:
     seeds = ', '.join(map(str, weight.seeds))
     again = ', and again for what the 8 bits cost, by which nothing was chosen' if weight.eight_bits else ''
     precision = 'int8 with a scale per output channel' if weight.eight_bits else weight.precision
+    rounding = f'\n{eight_bit_cost(weight)}\n' if weight.eight_bits else ''
     moved = rounded_up(weight.logit_difference)
     data = [f'- Stimuli: {terms.title}; labels: {weight.stimuli_labels}. {terms.text}']
     if target:
@@ -220,7 +221,7 @@ decision about a person.
 ## Results
 
 {_results(weight)}
-{f"{chr(10)}{eight_bit_cost(weight)}{chr(10)}" if weight.eight_bits else ''}
+{rounding}
 The best epoch was chosen on validation data by {metric_name(weight.metric)}; the test part was looked at once{again}.
 
 ## Training data and their terms

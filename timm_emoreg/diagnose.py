@@ -81,14 +81,23 @@ def affect_quality(trained: Trained, stimuli: ImageSet, device: torch.device | s
 
 @torch.inference_mode()
 def similarity(model: EmoReg, images: ImageSet, size: tuple[int, int], device: torch.device | str) -> float:
-    """Mean cosine similarity of the pooled features that the affect response reads, over all pairs of images."""
-    stream = (model.backbone if model.backbone_emo is None else model.backbone_emo).to(device).eval()
+    """Mean cosine similarity of the pooled features that the affect response reads, over all pairs of images.
+
+    Raises:
+        DataError: If there is one image only.
+    """
     count, wide = len(images), wide_dtype(torch.device(device))
+    if count < 2:
+        raise DataError('There is 1 image in the validation part, and how alike features of different images are needs '
+                        '2. Give a --dataset that has more.')
+    stream = (model.backbone if model.backbone_emo is None else model.backbone_emo).to(device).eval()
     total = torch.zeros(stream.head_hidden_size, dtype=wide, device=device)
+    with_itself = torch.zeros((), dtype=wide, device=device)
     for x, _ in make_loader(images, size, BATCH, resolve_model_data_config(model), device=device):
-        h = stream.forward_head(stream.forward_features(x), pre_logits=True)
-        total += F.normalize(h.to(total), dim=1).sum(dim=0)
-    return round(((total.square().sum().item() - count) / (count * (count - 1))), 4)
+        h = F.normalize(stream.forward_head(stream.forward_features(x), pre_logits=True).to(total), dim=1)
+        total += h.sum(dim=0)
+        with_itself += h.square().sum()  # 1 an image, but for features that are all 0
+    return round((total.square().sum() - with_itself).item() / (count * (count - 1)), 4)
 
 
 def _untrained(model: EmoReg) -> EmoReg:
@@ -119,9 +128,6 @@ def diagnose(trained: Trained, before: dict[str, Tensor], stimuli: ImageSet, ima
     """
     model = trained.model
     names = images.target.names
-    if not model.num_classes:
-        raise DataError(f'{trained.source} is the result of stage 1 and has no response to images. Give a run of '
-                        '--task emoreg.')
     if len(names) != model.num_classes or (trained.label_names and trained.label_names != names):
         raise DataError(f'the images have {len(names)} classes ({some(names)}), {trained.source} answers with '
                         f'{model.num_classes} others ({some(trained.label_names)}). Give the --dataset of its stage 2.')
@@ -166,6 +172,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         check_device(args.device)
         trained = need_affect(trained_model(args.run, args.experience))
+        if not trained.model.num_classes:
+            raise DataError(f'{trained.source} is the result of stage 1 and has no response to images. Give a run of '
+                            '--task emoreg.')
         stage_1 = args.experience or trained.experience
         if stage_1 is None:
             raise DataError(f'{args.run}: started from no stage 1 that could be compared with it. Give a run of --task '

@@ -30,7 +30,7 @@ from .backbone import (
     pooling,
     prefixed,
     remove_classifier,
-    resized,
+    resized_state,
     small_image_cfg,
 )
 from .eight_bit import SCALE
@@ -467,15 +467,16 @@ class EmoReg(nn.Module):
             RuntimeError: As torch does for another shape, whether strict or not.
         """
         own = {name: tensor.shape for name, tensor in self.state_dict().items()}
-        if any(name.endswith(SCALE) for name in shapes):  # as they are, its numbers would be taken for weights
-            raise RuntimeError("The checkpoint is in 8 bits. timm.create_model(..., pretrained=True, "
-                               "pretrained_cfg_overlay={'file': PATH, 'num_classes': N}) loads it, N the classes that "
-                               'it has.')
         ours = any(name.startswith('backbone.') for name in shapes)
-        if not ours and any(f'backbone.{name}' in own for name in shapes):
-            raise RuntimeError("The checkpoint is of the plain backbone. timm.create_model(..., pretrained=True, "
+        what = ''
+        if any(name.endswith(SCALE) for name in shapes):  # as they are, its numbers would be taken for weights
+            what = 'in 8 bits'
+        elif not ours and any(f'backbone.{name}' in own for name in shapes):
+            what = 'of the plain backbone'
+        if what:
+            raise RuntimeError(f'The checkpoint is {what}. timm.create_model(NAME, num_classes=N, pretrained=True, '
                                "pretrained_cfg_overlay={'file': PATH, 'num_classes': N}) loads it, N the classes that "
-                               'it has.')
+                               'it has, with the other arguments that the saved model had.')
         different = next((name for name, shape in own.items() if shapes.get(name, shape) != shape), None)
         if different is None or 'head_affect.weight' not in shapes:  # without it, it is no checkpoint of an EmoReg
             return
@@ -494,14 +495,15 @@ class EmoReg(nn.Module):
 
         With ``experience='separate'`` they go to the frozen second stream, and the first one stays as it is. Stage 1
         may have seen images of another size: what depends on it (position embeddings and patches of a ViT, for
-        instance) is resized by the filter of the backbone's family.
+        instance) is resized by the filter of the backbone's family, which also resizes patches of another form.
 
         Raises:
-            ValueError: If a tensor is missing, unknown, or has another shape; nothing is changed then.
+            ValueError: If a tensor is missing, unknown, or has another shape that the filter does not resize; nothing
+                is changed then.
         """
         stream = 'backbone' if self.backbone_emo is None else 'backbone_emo'
         backbone = {k.removeprefix('backbone.'): v for k, v in state_dict.items() if k.startswith('backbone.')}
-        state_dict = {**state_dict, **{f'backbone.{k}': v for k, v in resized(backbone, self.backbone).items()}}
+        state_dict = {**state_dict, **{f'backbone.{k}': v for k, v in resized_state(backbone, self.backbone).items()}}
         own = {k: v for k, v in self.state_dict().items() if k.startswith((f'{stream}.', 'head_affect.'))}
         loaded = {}
         for key, value in own.items():

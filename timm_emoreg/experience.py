@@ -15,7 +15,7 @@ import timm
 from torch import Tensor, nn
 
 from . import BACKBONES, EmoReg, zoo
-from .backbone import resized
+from .backbone import resized_state
 from .checkpoint import CheckpointError, judged_state, load_training_checkpoint
 from .data import DataError, Splits, Target
 from .small_image import DEFAULT_SIZE, LARGEST_SIZE
@@ -194,7 +194,7 @@ def load_backbone(model: nn.Module, experience: Experience) -> None:
     bare.reset_classifier(0)  # some families lose a norm or an MLP with their classifier
     own = {k: v.shape for k, v in bare.state_dict().items()}
     given = {k.removeprefix('backbone.'): v for k, v in experience.state_dict.items() if k.startswith('backbone.')}
-    given = resized(given, bare)
+    given = resized_state(given, bare)
     different = sorted(own.keys() ^ given.keys()) or [k for k in own if own[k] != given[k].shape]
     if different:
         raise CheckpointError(f'{experience.source}: its backbone is of another architecture or form; the first '

@@ -203,7 +203,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument('--eight-bits', action='store_true',
                      help='round matrices and kernels to int8, and measure on the test part what that costs')
     sub.add_argument('--default', action='store_true', help='what pretrained=True means for this architecture')
-    sub.add_argument('--org', help=f'owner of the repository on the Hub (default: {ORGANISATION})')
+    sub.add_argument('--org', help=f"owner of the repository on the Hub (default: the record's, else {ORGANISATION})")
     sub.add_argument('--commit',
                      help="commit that the runs were made with (default: their note of it, or the checkout's)")
     sub.add_argument('--experience', help='result of stage 1, if it lies elsewhere now')

@@ -297,7 +297,7 @@ def build(name: str, results: list[Path], plain: list[Path] = (), home: Path = R
         commit: Commit that the runs were made with; if None, the one that the released run noted, else the
             checkout's.
         experience: Stage 1, where the run's own note of it no longer leads there.
-        data_dir: Folder of the data sets, for the names of the target's classes.
+        data_dir: Folder of the data sets, for the names of the target's classes and, in 8 bits, its test images.
         precision: 'float16', or 'int8' for a file of half the size, see `timm_emoreg.eight_bit`.
 
     Raises:

@@ -32,9 +32,9 @@ LABELS_OF_STAGE_1 = ('stimuli_labels', 'shuffle_stimuli_labels', 'rating_columns
 # arguments of a timm model that have a flag of their own
 OWN_FLAGS = {'small_image': '--small-image', 'img_size': '--img-size', 'pretrained': '--pretrained-backbone',
              'drop_rate': '--drop', 'drop_path_rate': '--drop-path', 'pretrained_backbone': '--pretrained-backbone',
-             'backbone': '--model', 'balance': '--balance', 'modulation': '--no-modulation',
-             'experience': '--experience or --separate-experience', 'checkpoint_path': '--experience',
-             'device': '--device', 'dtype': '--amp-dtype'}
+             'backbone': '--model', 'balance': '--balance', 'modulation': '--modulation or --no-modulation',
+             'experience': '--experience or --separate-experience',
+             'checkpoint_path': '--experience for what stage 1 wrote', 'device': '--device', 'dtype': '--amp-dtype'}
 OF_THE_DATA = ('num_classes', 'num_affect', 'affect_kind')
 # choices of the dual head and its training
 REGULATION = ('balance', 'balanced_in', 'modulation', 'keep_affect', 'affect_lr_scale', 'separate_experience')
@@ -168,7 +168,7 @@ def _check_model(args: Namespace) -> None:
         raise SettingsError('--model-kwargs features_only=True: gives feature maps, and no classes. Leave it out.')
     for name, own in OWN_FLAGS.items():
         if name in args.model_kwargs:
-            raise SettingsError(f'--model-kwargs {name}={args.model_kwargs[name]}: use {own} instead.')
+            raise SettingsError(f'--model-kwargs {name}={args.model_kwargs[name]}: use {own} instead, or leave it out.')
     for name in OF_THE_DATA:
         if name in args.model_kwargs:
             raise SettingsError(f'--model-kwargs {name}={args.model_kwargs[name]}: is what images and stimuli have. '
@@ -183,16 +183,16 @@ def _check_stages(args: Namespace, given: Collection[str]) -> None:
     if args.experiment and (Path(args.experiment).name != args.experiment or args.experiment == '..'):
         raise SettingsError(f'--experiment {args.experiment}: names a folder in --output, and is no path. Give the '
                             'rest of it by --output.')
-    without = '--experience none' if args.experience == 'none' else '--task plain' if args.task == 'plain' else ''
-    early = [name for name in (*LABELS_OF_STAGE_1, 'affect_epochs') if getattr(args, name)]
-    if without and early and not args.stimuli:
-        raise SettingsError(f'{flag(early[0])} shapes stage 1, and {without} has no stimuli unless --stimuli names '
-                            'some. Give them, or leave it out.')
     if args.experience == 'none' and args.task == 'plain':
         raise SettingsError('--experience none: is for the dual head, which --task plain has not. Leave it out.')
     untaught = [name for name in ('affect_epochs', 'shuffle_stimuli_labels') if getattr(args, name)]
     if args.experience == 'none' and untaught and not (args.rehearsal and untaught == ['shuffle_stimuli_labels']):
         raise SettingsError(f'{flag(untaught[0])}: is for a stage 1, and --experience none has none. Leave it out.')
+    without = '--experience none' if args.experience == 'none' else '--task plain' if args.task == 'plain' else ''
+    early = [name for name in (*LABELS_OF_STAGE_1, 'affect_epochs') if getattr(args, name)]
+    if without and early and not args.stimuli:
+        raise SettingsError(f'{flag(early[0])} shapes stage 1, and {without} has no stimuli unless --stimuli names '
+                            'some. Give them, or leave it out.')
     if args.task != 'emoreg' and (late := [name for name in REGULATION if name in given]):
         raise SettingsError(f'{flag(late[0])}: is a choice of the dual head, which --task {args.task} has not. Leave '
                             'it out.')
@@ -254,20 +254,24 @@ def _check_recipe(args: Namespace) -> None:
 def _check_has_effect(args: Namespace, given: Collection[str]) -> None:
     """Refuse what was given and would change nothing, because of another flag or for want of one."""
     try:
-        has_momentum = get_optimizer_info(args.opt).has_momentum if args.opt else True  # stage 2 has muon by default
+        # of the defaults stage 2's has it, muon, and stage 1's, adamw, has not
+        has_momentum = get_optimizer_info(args.opt).has_momentum if args.opt else args.task != 'affect'
     except ValueError:  # an optimizer within another one, such as lookahead_sgd
         has_momentum = True
-    for names, has_effect, remedy in (
-            (('model_ema_decay',), args.model_ema, 'without --model-ema. Add that, or leave it out'),
-            (('clip_mode',), args.clip_grad is not None, 'without --clip-grad. Add that, or leave it out'),
-            (('decay_epochs',), args.sched == 'step', f'with --sched {args.sched}. Use --sched step, or leave it out'),
-            (('decay_rate',), args.sched in ('step', 'poly'),
+    sgd = 'Leave it out, or use one that has it, such as sgd'
+    for name, has_effect, remedy in (
+            ('model_ema_decay', args.model_ema, 'without --model-ema. Add that, or leave it out'),
+            ('clip_mode', args.clip_grad is not None, 'without --clip-grad. Add that, or leave it out'),
+            ('decay_epochs', args.sched == 'step', f'with --sched {args.sched}. Use --sched step, or leave it out'),
+            ('decay_rate', args.sched in ('step', 'poly'),
              f'with --sched {args.sched}. Use --sched step or poly, or leave it out'),
-            (('momentum',), has_momentum, f'with --opt {args.opt}. Leave it out, or use one that has it, such as sgd'),
-            (('hflip', 'cutout'), not args.no_aug, 'with --no-aug. Leave one of them out'),
-            (('amp_dtype',), args.amp, 'with --no-amp. Leave one of them out')):
-        if not has_effect and (idle := [name for name in names if name in given]):
-            raise SettingsError(f'{flag(idle[0])} {getattr(args, idle[0])}: has no effect {remedy}.')
+            ('momentum', has_momentum, f'with --opt {args.opt or "adamw, the default of stage 1"}. {sgd}'),
+            ('warmup_lr', args.warmup_epochs > 0, 'with --warmup-epochs 0. Leave it out'),
+            ('hflip', not args.no_aug or args.hflip == 'none', 'with --no-aug. Leave one of them out'),
+            ('cutout', not args.no_aug or not args.cutout, 'with --no-aug. Leave one of them out'),
+            ('amp_dtype', args.amp, 'with --no-amp. Leave one of them out')):
+        if name in given and not has_effect:
+            raise SettingsError(f'{flag(name)} {getattr(args, name)}: has no effect {remedy}.')
 
 
 def shapes_stage_1(args: Namespace) -> bool:

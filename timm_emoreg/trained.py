@@ -20,6 +20,7 @@ from .data import DataError, Target
 from .data.choices import unknown_choice
 from .experience import Experience, find_experience
 from .settings import backbone_args
+from .trainable import CANNOT_BUILD
 
 __all__ = ['Trained', 'need_affect', 'released_model', 'some', 'trained_model']
 
@@ -107,7 +108,8 @@ def released_model(name: str) -> Trained:
         name, names = weight.name, weight.affect_names
     try:
         model = timm.create_model(name, pretrained=True)
-    except (AttributeError, KeyError, OSError, RuntimeError, SafetensorError, TypeError, ValueError) as e:
+        labels = tuple(model.pretrained_cfg.get('label_names') or ())
+    except (*CANNOT_BUILD, EOFError, OSError, SafetensorError) as e:
         if not colon:
             raise
         reason = (str(e).splitlines() or [type(e).__name__])[0]  # an assertion or a key may have no text
@@ -121,7 +123,6 @@ def released_model(name: str) -> Trained:
                         'weight that takes 3.')
     if len(names) != model.num_affect:
         names = _numbered(model.num_affect)
-    labels = tuple(model.pretrained_cfg.get('label_names') or ())
     return Trained(name, model.eval(), resolve_model_data_config(model)['input_size'][1:], names,
                    labels if len(labels) == model.num_classes else ())
 

@@ -127,6 +127,8 @@ def test_splits_summary_and_empty_part():
     many = ImageSet(data.images, torch.full((4,), 20), Target('class', tuple(f'c{i}' for i in range(21))))
     assert Splits('many', many, many, many, 'free').summary().startswith(
         'many: 4 train, 4 validation, 4 test images; class: c0, c1, c2, c3, c4, 15 more, c20; none in validation: c0, ')
+    more = ImageSet(data.images, torch.full((4,), 25), Target('class', tuple(f'c{i}' for i in range(26))))
+    assert Splits('more', more, more, more, '').summary().endswith('; none in test: c0, c1, c2, c3, c4, 19 more, c24')
     with pytest.raises(DataError, match="toy: the part 'validation' holds no image"):
         Splits('toy', data, data.subset([]), data, 'free')
 

@@ -169,6 +169,11 @@ class ImageSet(Dataset):
         return out
 
 
+def _few(names: Sequence[str]) -> str:
+    """All names of a list, of more than 20 the first ones and the last."""
+    return ', '.join(names if len(names) <= 20 else (*names[:5], f'{len(names) - 6} more', names[-1]))
+
+
 @dataclass(frozen=True)
 class Splits:
     """A named set in three parts. `test` is for one look at the end; every choice is made on `validation`.
@@ -228,15 +233,12 @@ class Splits:
         return digest.hexdigest()
 
     def summary(self) -> str:
-        """One line for a log: name, sizes, kind and names of the targets, of many the first ones and the last."""
-        names = self.target.names
-        if len(names) > 20:
-            names = (*names[:5], f'{len(names) - 6} more', names[-1])
+        """One line for a log: name, sizes, kind and names of the targets."""
         line = (f'{self.name}: {len(self.train):,} train, {len(self.validation):,} validation, '
-                f'{len(self.test):,} test images; {self.target.kind}: {", ".join(names)}')
+                f'{len(self.test):,} test images; {self.target.kind}: {_few(self.target.names)}')
         if self.target.kind == 'class':
             for name, part in (('validation', self.validation), ('test', self.test)):
                 seen = set(part.targets.tolist())
                 if unseen := [label for i, label in enumerate(self.target.names) if i not in seen]:
-                    line += f'; none in {name}: {", ".join(unseen)}'
+                    line += f'; none in {name}: {_few(unseen)}'
         return line
