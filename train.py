@@ -54,7 +54,7 @@ from timm_emoreg.data import TARGETS, DataError, load_stimuli, load_target
 from timm_emoreg.data.controls import fewer_images, predict_rotation, shuffle_labels
 from timm_emoreg.data.duplicates import check_unseen
 from timm_emoreg.data.loader import choose_kind, make_loader
-from timm_emoreg.data.progressive import ProgressiveLoader
+from timm_emoreg.data.progressive import ProgressiveLoader, size_of_epoch
 from timm_emoreg.data.rehearsal import RehearsalLoader
 from timm_emoreg.data.sets import ImageError
 from timm_emoreg.emoreg import create_backbone
@@ -165,9 +165,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                             + ' '.join(f'{k}={v}' for k, v in MUON.items()))
     group.add_argument('--lr', type=above(0),
                        help='of both stages (default: for muon 0.02, without batch norm 0.005; for 128 images an '
-                            'update, 0.1 for sgd, else 0.001)')
+                            'update, 0.1 for the kinds of sgd, else 0.001)')
     group.add_argument('--momentum', type=within(0, 1), default=0.9)
-    group.add_argument('--weight-decay', type=at_least(0.0), help='default: 5e-4 for sgd, 0.01 for muon, else 0.05')
+    group.add_argument('--weight-decay', type=at_least(0.0),
+                       help='default: 5e-4 for the kinds of sgd, 0.01 for muon, else 0.05')
     group.add_argument('--layer-decay', type=share, help='factor of the rate from a layer to the one before it')
     group.add_argument('--sched', default='cosine', choices=('cosine', 'tanh', 'poly', 'step'))
     group.add_argument('--decay-epochs', type=above(0), help='of --sched step (default: a third of the epochs)')
@@ -536,6 +537,8 @@ def run_stage(args, task_name: str, splits, device, experience: Experience | Non
 
     # recipe
     precision = chosen['precision']
+    if args.amp and args.amp_dtype == 'float16' and precision == 'float32':
+        say(args, '--amp-dtype float16: is no faster than float32 on this processor, so that is taken')
     epochs = args.affect_epochs or args.epochs if task_name == 'affect' else args.epochs
     recipe = recipe_of(args, task_name, model)
     updates = len(train_loader) // args.grad_accum_steps
@@ -547,7 +550,8 @@ def run_stage(args, task_name: str, splits, device, experience: Experience | Non
     metric = task.create_evaluator().default_metric
     form = small_image_form(getattr(unwrap_model(model), 'backbone', unwrap_model(model)))
     kernel = f'{chosen["attention"]} attention, ' if 'attention' in chosen else ''
-    pixels = f'{args.start_img_size} to {args.img_size}' if args.start_img_size is not None else args.img_size
+    first = size_of_epoch(0, epochs, args.start_img_size or args.img_size, args.img_size)
+    pixels = f'{first} to {args.img_size}' if first < args.img_size else args.img_size
     say(args, f'{task_name}: {args.model} ({form}, {pixels} px, '
               f'{sum(p.numel() for p in model.parameters()):,} parameters) on {splits.summary()}; {epochs} epochs, '
               f'{recipe["opt"]}, lr {recipe["lr"]:g}, batch {args.whole_batch}, {precision}, {kernel}'
@@ -663,6 +667,8 @@ def run(args) -> None:
         batch_of_a_step(args, 'affect', stimuli)
     if target is not None:
         batch_of_a_step(args, args.task, target, rehearsed)
+    if args.sync_bn and not args.distributed:
+        say(args, '--sync-bn: has no effect in one process; torchrun starts several')
     if is_primary(args) and not args.resume:
         args.commit = project_commit(Path(__file__).parent)
         make_run(folder, vars(args))
@@ -732,18 +738,18 @@ def main() -> int:
     except (BusyError, DamagedError, DataError, CheckpointError, LaunchError, ModelError, OSError) as e:
         print(f'train.py: {e}', file=sys.stderr)
         return 2
-    except torch.OutOfMemoryError as e:
+    except RuntimeError as e:
+        if lost_another(e):
+            what = str(e).split('. ')[0]
+            then = f' Go on with: {resume_command(args)}' if last_good(args) else ''
+            print(f'train.py: process {args.rank} of {args.world_size} lost another one ({what}), whose own message '
+                  f'says why.{then}', file=sys.stderr)
+            return 1
+        if not isinstance(e, torch.OutOfMemoryError) and "can't allocate memory" not in str(e):  # of a CPU
+            raise
         then = f' With more memory, go on with: {resume_command(args)}' if last_good(args) else ''
         print(f'train.py: {args.device} has too little memory ({reason_of(e)}). Lower --batch-size, share it out with '
               f'--grad-accum-steps, or add --grad-checkpointing.{then}', file=sys.stderr)
-        return 1
-    except RuntimeError as e:
-        if not lost_another(e):
-            raise
-        what = str(e).split('. ')[0]
-        then = f' Go on with: {resume_command(args)}' if last_good(args) else ''
-        print(f'train.py: process {args.rank} of {args.world_size} lost another one ({what}), whose own message says '
-              f'why.{then}', file=sys.stderr)
         return 1
     return 0
 

@@ -270,7 +270,7 @@ def huge(state):
     (lambda run: [run('plain')], 'a plain backbone'),
     (lambda run: [run(change=nan)], 'head_affect.bias is not finite in float16'),
     (lambda run: [run(change=huge)], r'head_affect.weight is not finite in float16 .*1e\+06'),
-    (lambda run: [run(more=['--stimuli', '/my/faces'])], 'are your own'),
+    (lambda run: [run(more=['--stimuli', '/my/faces'])], 'are your own, .* For a weight of yours see'),
     (lambda run: [run().parent / 'nothing.json'], 'no result of a run'),
     (lambda run: [run().with_name('model_best.pth.tar')], 'no result of a run'),
 ])

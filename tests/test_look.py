@@ -156,6 +156,7 @@ def test_a_set_is_drawn(tmp_path, figures, names, kind, classes, balance):
     differences = (mean - mean.mean(0)).flatten()
     digits = 3 if differences.abs().max() < 0.1 else 2
     assert {f'{round(v, digits) + 0:+.{digits}f}' for v in differences.tolist()} <= texts
+    assert {'affective state', 'class of the images'} <= texts
     noise = max(2 * describe_set(trained, answers, shown.targets, shown.target.names)['largest_standard_error'], 0.01)
     assert any('hardly tells them apart' in text for text in texts) == (differences.abs().max() < noise)
     if classes:
@@ -173,6 +174,7 @@ def test_a_state_that_is_the_same_everywhere_is_said_to_be(tmp_path, figures):
     draw_set(trained, 'a set', shown, dataclasses.replace(answers, state=state), tmp_path / 'out.png')
     texts = check_picture(tmp_path / 'out.png', figures[0])
     assert any('no class is further from the mean than 0.0003: the state hardly tells them apart' in t for t in texts)
+    assert '+0.000' not in texts  # numbers that all are 0 would say nothing
 
 
 def test_pictures_of_the_same_name_are_told_apart_by_their_folders(tmp_path, picture, figures, capsys):

@@ -24,3 +24,5 @@ def test_a_file_without_the_marks_stays_as_it_is(tmp_path):
     with pytest.raises(MarksError, match=r'README\.md: holds no <!-- speed --> \.\.\. <!-- /speed --> to write'):
         write_between_marks(path, 'speed', 'x')
     assert path.read_text() == TEXT
+    with pytest.raises(MarksError, match=r'NONE\.md: is no file\. Give a text that holds <!-- speed --> and'):
+        write_between_marks(tmp_path / 'NONE.md', 'speed', 'x')

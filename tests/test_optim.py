@@ -119,6 +119,9 @@ def test_muon_orthogonalizes_in_float32_only_while_that_optimizer_steps(opt, mon
     ('test_resnet', 'plain', 'lookahead_muon', ('lookahead_muon', 0.02, 0.01, MUON)),
     ('test_resnet', 'plain', 'sgd', ('sgd', 0.05, 5e-4, {})),
     ('test_resnet', 'plain', 'momentum', ('momentum', 0.05, 5e-4, {})),
+    *(('test_resnet', 'plain', name, (name, 0.05, 5e-4, {}))
+      for name in ('lookahead_sgd', 'nesterov', 'nesterovw', 'sgdp', 'sgdw', 'fusedsgd')),
+    ('test_resnet', 'plain', 'nmuon', ('nmuon', 0.02, 0.01, MUON)),
     ('test_resnet', 'plain', 'lamb', ('lamb', 5e-4, 0.05, {})),
 ])
 def test_the_usual_recipe(name, task, opt, recipe):

@@ -83,7 +83,7 @@ from timm_emoreg.settings import batch_of_a_step
     (('--model-kwargs', 'x={1,2}'), '--model-kwargs {\'x\': {1, 2}}: cannot be kept with the settings'),
     (('--opt', 'adamw', '--opt-kwargs', 'weight_decay=0.1'), "--opt-kwargs {'weight_decay': 0.1}: "),
     (('--opt', 'muon', '--opt-kwargs', 'ns_steps=abc'), "--opt-kwargs {'ns_steps': 'abc'}: "),
-    (('--opt', 'adahessian'), '--opt adahessian, --opt-kwargs {}: '),
+    (('--opt', 'lookahead_adahessian'), 'adahessian: needs second derivatives, which train.py does not compute'),
     (('--opt', 'bnbadamw', '--device', 'cpu'), '--opt bnbadamw, --opt-kwargs {}: '),
     (('--opt', ''), '--opt: is empty'),
     (('--opt', 'adamw', '--opt-kwargs', 'foreach'), 'argument --opt-kwargs: expected name=value, got foreach'),

@@ -43,6 +43,13 @@ def test_a_line_a_setting(csv):
     assert table[3] == '| one seed | 1 | 50.00 | +2.00 | not run | not run | not run |'
 
 
+def test_a_set_of_ones_own_has_the_name_that_the_table_shows(csv):
+    results = csv.parent / 'b/results.csv'
+    results.write_text(results.read_text().replace('cifar10', '/of/mine/things'))
+    csv.write_text(f'{HEADER}short,b,emoji,things,1000,0\nfull,b,emoji,/of/mine/things,1000,0\n')
+    assert [line.label for line in read_summary(csv)] == ['short', 'full']
+
+
 def test_what_has_not_the_pairs_of_all_seeds_is_marked(csv):
     for seed in (0, 1, 2):
         write_run(csv.parent / 'b', 'shuffled', seed, 51.0 - seed)
@@ -82,7 +89,7 @@ def test_the_picture_has_a_panel_a_control(csv, figures):
 @pytest.mark.parametrize(('row', 'message'), [
     ('', 'summary.csv: is missing or names no setting. It needs a row a setting, with the columns setting'),
     ('x,.,ferplus,cifar10,1000,0', 'for regulated runs on ferplus, cifar10, 1000 training images, and that holds them '
-                                   'for 0 models. Correct the row.'),
+                                   'for 0 models. Correct the row. It holds: emoji, cifar10, 1000.'),
     ('x,.,emoji,cifar10,1000,first', "seeds 'first' of x are none. Give numbers and ranges, such as 0-4."),
     ('x,.,emoji,cifar10,1000,4-0', "seeds '4-0' of x are none"),
     ('x,.,emoji,cifar10,1000,77', 'no finished run with a seed of 77 yet'),

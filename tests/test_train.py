@@ -76,7 +76,6 @@ def test_an_error_before_anything_is_trained_leaves_no_run(train, run, folder, t
     assert not (tmp_path / 'run').exists()
 
 
-
 def rows(path: Path) -> list[dict]:
     with open(path, newline='') as file:
         return list(csv.DictReader(file))
@@ -364,6 +363,9 @@ def test_other_settings_beside_resume_are_refused(run, tmp_path, capsys, flags):
         run('--resume', tmp_path / 'run', *flags)
     assert ('--resume goes on with the settings of the run. Only --device, --data-dir, --workers, --log-interval can '
             'be given beside it') in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run('--resume', tmp_path / 'run', '--output', tmp_path)
+    assert 'can be given beside it. Move or rename the folder of the run instead.' in capsys.readouterr().err
 
 
 def test_the_balance_of_a_result_is_that_of_the_weights_that_were_judged(run, train, tmp_path, folder):
@@ -466,6 +468,32 @@ def test_a_device_with_too_little_memory_is_named(run, train, tmp_path, folder, 
     assert run('--task', 'plain', '--dataset', folder) == (
         1, [], f'{remedies} With more memory, go on with: python train.py --resume {tmp_path / "run"}\n')
     assert 'last.pth.tar' in os.listdir(tmp_path / 'run/plain')
+
+
+def test_a_cpu_without_memory_is_told_the_same(run, train, folder, monkeypatch):
+    def fill(*_):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.\nMore.")
+
+    monkeypatch.setattr(train, 'train_epoch', fill)
+    status, _, err = run('--task', 'plain', '--dataset', folder)
+    assert (status, err) == (1, "train.py: cpu has too little memory (DefaultCPUAllocator: can't allocate memory: you "
+                                'tried to allocate 9 bytes). Lower --batch-size, share it out with --grad-accum-steps, '
+                                'or add --grad-checkpointing.\n')
+
+
+def test_what_changes_nothing_here_is_said(run, train, watched, folder, monkeypatch):
+    monkeypatch.setattr(train, 'choose_precision', lambda device, dtype: 'float32')
+    said = watched('say')
+    assert run('--task', 'plain', '--dataset', folder, '--epochs', 1, '--sync-bn', '--start-img-size', 16, '--amp',
+               '--amp-dtype', 'float16')[0] == 0
+    lines = [call['text'] for call in said]
+    assert '--sync-bn: has no effect in one process; torchrun starts several' in lines
+    assert '--amp-dtype float16: is no faster than float32 on this processor, so that is taken' in lines
+    assert any(', 32 px, ' in line for line in lines)  # the one epoch has the final size
+    said.clear()
+    assert run('--task', 'plain', '--dataset', folder, '--epochs', 2, '--start-img-size', 16, name='two')[0] == 0
+    assert any(', 16 to 32 px, ' in call['text'] for call in said)
+    assert not any('--sync-bn' in call['text'] or '--amp-dtype' in call['text'] for call in said)
 
 
 def test_a_loss_that_ends_later_names_the_last_good_checkpoint(run, train, tmp_path, folder, monkeypatch):

@@ -151,6 +151,13 @@ def test_the_stage_1_of_a_plain_run_is_not_what_it_was_for(run, tmp_path):
         trained_model(tmp_path)
 
 
+def test_a_run_whose_checkpoints_are_gone_is_told_from_one_that_has_none_yet(run, tmp_path):
+    (tmp_path / 'plain').mkdir()
+    shutil.copy(run / 'emoreg/result.json', tmp_path / 'plain')
+    with pytest.raises(CheckpointError, match=r'finished, but its checkpoints are gone\. .* with --keep-checkpoints'):
+        trained_model(tmp_path)
+
+
 @pytest.mark.parametrize(('make', 'error', 'message'), [
     (lambda path, run: path, CheckpointError, 'holds no model_best.pth.tar'),
     (lambda path, run: path / 'nowhere', CheckpointError, 'there is no such checkpoint'),
@@ -205,6 +212,14 @@ def test_a_folder_without_a_weight_is_refused(tmp_path, config):
         released_model(f'local-dir:{tmp_path}')
 
 
+def test_the_folder_of_an_embedded_weight_tells_where_that_is(tmp_path):
+    folder = tmp_path / 'emoreg_resnet18.emoji'
+    folder.mkdir()
+    (folder / 'config.json').write_text('{"architecture": "emoreg_resnet18"}')
+    with pytest.raises(DataError, match=r'of this weight is in the package: --model emoreg_resnet18\.emoji\.'):
+        released_model(f'local-dir:{folder}')
+
+
 @pytest.mark.parametrize('damage', ['another backbone', 'a misspelt backbone', 'a download cut off'])
 def test_a_folder_whose_weight_does_not_fit_is_refused(tmp_path, damage):
     save_for_hf(timm.create_model('emoreg', backbone='test_resnet'), tmp_path, safe_serialization=True,
@@ -246,8 +261,9 @@ def test_a_published_weight_brings_its_names(hub, tmp_path):
     assert released_model('hf-hub:someone/mine').affect_names == ('awe', 'fear')
 
 
-def test_a_folder_of_a_plain_model_is_refused(tmp_path):
-    save_for_hf(timm.create_model('test_resnet'), tmp_path, safe_serialization=True)
+@pytest.mark.parametrize('model_args', [{}, {'small_image': True}])  # which timm's ResNet does not know
+def test_a_folder_of_a_plain_model_is_refused(tmp_path, model_args):
+    save_for_hf(timm.create_model('test_resnet'), tmp_path, safe_serialization=True, model_args=model_args)
     with pytest.raises(DataError, match='has no affect response'):
         released_model(f'local-dir:{tmp_path}')
 

@@ -10,7 +10,7 @@ __all__ = ['MarksError', 'between_marks', 'write_between_marks']
 
 
 class MarksError(ValueError):
-    """A file has no such marks."""
+    """A file that is not there, or has no such marks."""
 
 
 def _pattern(name: str) -> re.Pattern:
@@ -21,8 +21,10 @@ def between_marks(path: Path, name: str) -> str:
     """What stands between the marks of a file, without the line ends beside them.
 
     Raises:
-        MarksError: If the file has no such marks.
+        MarksError: If the file is not there, or has no such marks.
     """
+    if not path.is_file():
+        raise MarksError(f'{path}: is no file. Give a text that holds <!-- {name} --> and <!-- /{name} --> already.')
     found = _pattern(name).search(path.read_text(encoding='utf-8'))
     if not found:
         raise MarksError(f'{path}: holds no <!-- {name} --> ... <!-- /{name} --> to write between.')
@@ -33,7 +35,7 @@ def write_between_marks(path: Path, name: str, table: str) -> None:
     """Replace what stands there.
 
     Raises:
-        MarksError: If the file has no such marks.
+        MarksError: If the file is not there, or has no such marks.
     """
     between_marks(path, name)
     text = _pattern(name).sub(lambda marks: marks[1] + table.rstrip('\n') + marks[3], path.read_text(encoding='utf-8'))

@@ -33,12 +33,14 @@ def usual_recipe(model: torch.nn.Module, task: str, opt: str | None, batch_size:
     # Short runs hardly start under SGD at the rates that suit long ones; AdamW and Muon learn at once. A ViT learned
     # stage 1 better with Muon, and ended stage 2 lower after it (hub_cards/study).
     opt = opt or ('adamw' if task == 'affect' else 'muon')
-    if opt in ('muon', 'lookahead_muon'):
+    base = opt.removeprefix('lookahead_')
+    if base in ('muon', 'nmuon'):
         # The length of Muon's updates depends neither on the gradient nor on the batch: 0.02 and 0.03 were best for
         # ResNet at 256 and 64 images. Without batch norm the length of the weights matters: ViT stood still at 0.02.
         lr = 0.02 if any(isinstance(m, _BatchNorm) for m in model.modules()) else 0.005
         return {'opt': opt, 'lr': lr, 'weight_decay': 0.01, 'opt_kwargs': dict(MUON)}
-    lr, weight_decay = (0.1, 5e-4) if opt in ('sgd', 'momentum') else (1e-3, 0.05)
+    is_sgd = any(name in base for name in ('sgd', 'momentum', 'nesterov'))  # timm has a dozen names for its kinds
+    lr, weight_decay = (0.1, 5e-4) if is_sgd else (1e-3, 0.05)
     return {'opt': opt, 'lr': lr * batch_size / 128, 'weight_decay': weight_decay, 'opt_kwargs': {}}
 
 

@@ -38,6 +38,7 @@ from .zoo import HUB_FILE, Weight, read_records, write_records
 __all__ = ['ORGANISATION', 'Home', 'build', 'config_text', 'sha256_of']
 
 ORGANISATION = 'timm-emoreg'
+OF_YOURS = 'For a weight of yours see timm.models.save_for_hf in hub_cards/WALK.md.'
 
 
 class Home:
@@ -127,7 +128,7 @@ def _known_stimuli(args: dict[str, Any]) -> tuple[str, str]:
     stimuli = args['stimuli'] or 'emoji'
     if stimuli not in STIMULI:
         raise HubError(f'The stimuli {stimuli!r} are your own, or several sets: the terms of a weight trained on them '
-                       f'are not known here. Only weights of one of {", ".join(STIMULI)} can be built.')
+                       f'are not known here. Only weights of one of {", ".join(STIMULI)} can be built. {OF_YOURS}')
     return stimuli, args['stimuli_labels'] or STIMULI[stimuli][0]
 
 
@@ -243,7 +244,8 @@ def _comparable(results: list[Path], plain: list[Path]) -> tuple[list[Run], list
         raise HubError(f'{runs[0].path} is a plain backbone: it is the comparison (--plain), not a weight.')
     runs.sort(key=lambda run: -run.result['validation'])
     if runs[0].result['model'] not in timm_emoreg.BACKBONES:
-        raise HubError(f'{runs[0].result["model"]} is no registered architecture of this package.')
+        raise HubError(f'{runs[0].result["model"]} is no registered architecture of this package, such as '
+                       f'{next(iter(timm_emoreg.BACKBONES))}. {OF_YOURS}')
     if others:
         check_same_recipe(others)
         check_baseline(others, runs[0])
@@ -313,8 +315,7 @@ def build(name: str, results: list[Path], plain: list[Path] = (), home: Path = R
         origin, target = _origin_of_stage_2(best, experience, place), best.args['dataset']
         if target not in TARGETS:
             raise HubError(f'{best.path}: its target {target!r} is your own, and released weights are of one of '
-                           f'{", ".join(TARGETS)}. For a weight of yours see timm.models.save_for_hf in '
-                           'hub_cards/WALK.md.')
+                           f'{", ".join(TARGETS)}. {OF_YOURS}')
     else:
         origin, target = _origin_of_stage_1(best), None
     tag = origin.stimuli + (f'_ft_{target}' if target else '')

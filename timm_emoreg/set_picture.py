@@ -37,7 +37,7 @@ def _heat_map(figure, trained: Trained, answers: Answers, images: ImageSet) -> N
     digits = max(2, 1 - math.floor(math.log10(max(most_different, 0.01))))
     axis = figure.subplots()
     drawn = axis.imshow(shown, cmap='RdBu_r', vmin=-limit, vmax=limit, aspect='auto')
-    if len(seen) <= MOST_WRITTEN:
+    if max(shown.shape) <= MOST_WRITTEN and most_different >= 0.5 * 10 ** -digits:  # or all would be written as 0
         for (row, column), v in np.ndenumerate(shown):
             axis.text(column, row, f'{round(float(v), digits) + 0:+.{digits}f}', ha='center', va='center', fontsize=8,
                       color='white' if abs(v) > 0.6 * limit else 'black')
@@ -46,13 +46,16 @@ def _heat_map(figure, trained: Trained, answers: Answers, images: ImageSet) -> N
     slanted = {'rotation': 40, 'ha': 'left'} if len(average) > 3 else {}
     axis.set_xticks(range(len(average)), [short(n, 16) for n in trained.affect_names], fontsize=9, **slanted)
     axis.xaxis.tick_top()
+    axis.xaxis.set_label_position('top')
+    axis.set_xlabel('affective state', fontsize=9)
+    axis.set_ylabel('class of the images', fontsize=9)
     axis.tick_params(length=0)
     below = axis.secondary_xaxis('bottom')
     below.set_xticks(range(len(average)), [f'{m:.2f}' for m in average.tolist()], fontsize=8)
     below.tick_params(length=0)
     most = f' (the {len(seen)} that differ most)' if len(seen) < len(found) else ''
     below.set_xlabel(f'mean over the classes of the affective state\ncells: each class{most} less that mean, '
-                     + ('one image a class' if spread is None else f'standard error at most {spread:.3f}')
+                     + ('one image a class' if spread is None else f'standard error at most {spread:.2g}')
                      + (f'\nno class is further from the mean than {most_different:.1g}: the state hardly tells them '
                         'apart' if most_different < noise else ''), fontsize=8)
     bar = figure.colorbar(drawn, ax=axis, fraction=0.05, aspect=30)

@@ -110,7 +110,9 @@ def _of_saved_run(args: Namespace, given: Collection[str]) -> Namespace:
                             f'Give {above[0] if above else "that of a run, such as output/RUN"}.')
     if other := sorted({*given} - {'resume', *FREE_ON_RESUME}):
         raise SettingsError(f'{flag(other[0])}: --resume goes on with the settings of the run. Only '
-                            f'{", ".join(map(flag, FREE_ON_RESUME))} can be given beside it.')
+                            f'{", ".join(map(flag, FREE_ON_RESUME))} can be given beside it.'
+                            + (' Move or rename the folder of the run instead.' if other[0] in ('experiment', 'output')
+                               else ''))
     try:
         saved = read_json(args.resume / 'args.json')
     except DamagedError as e:
@@ -237,6 +239,10 @@ def _check_recipe(args: Namespace) -> None:
     if args.opt_kwargs and not args.opt:
         raise SettingsError(f'--opt-kwargs {args.opt_kwargs}: belong to one optimizer. Give --opt, too.')
     if args.opt:
+        base = args.opt.removeprefix('lookahead_')
+        if base in list_optimizers() and get_optimizer_info(base).second_order:
+            raise SettingsError(f'--opt {args.opt}: needs second derivatives, which train.py does not compute. '
+                                'timm.optim.list_optimizers() names the others.')
         try:  # one step of a small matrix, on a GPU where some optimizers need one
             device = args.device if args.device.startswith('cuda') and torch.cuda.is_available() else 'cpu'
             weight = torch.nn.Parameter(torch.ones(8, 8, device=device))

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from .drawing import save
 from .paired_tests import holm
-from .study_grid import StudyError, read_rows
+from .study_grid import StudyError, read_rows, short_name
 from .study_plots import STYLES
 from .study_table import Comparison, Setting, compare, controls, interval, markdown, read_settings, spread
 
@@ -38,12 +38,18 @@ def _seeds(text: str) -> list[int]:
     return numbers
 
 
+def _short(setting: Setting) -> tuple[str, str, str]:
+    """Stimuli, target and number of images as a table shows them."""
+    return short_name(setting.stimuli), short_name(setting.target), setting.train_images
+
+
 def read_summary(path: Path) -> list[Line]:
     """The settings that a csv names.
 
     Args:
         path: A csv with the columns setting (how it is to be called), folder (of a study, relative to the csv),
-            stimuli, target, train_images, and seeds, such as ``0-4`` or ``0 2 5-9``.
+            stimuli, target (of sets of one's own the path or its last part), train_images, and seeds, such as ``0-4``
+            or ``0 2 5-9``.
 
     Raises:
         StudyError: If the csv lacks a column, or names a setting that is not there or has no regulated arm.
@@ -60,10 +66,13 @@ def read_summary(path: Path) -> list[Line]:
         except ValueError:
             raise StudyError(f'{path}: seeds {row["seeds"]!r} of {row["setting"]} are none. Give numbers and ranges, '
                              'such as 0-4.') from None
-        found = [setting for setting in read_settings(folder, seeds) if setting[1:4] == where and ARM in setting.arms]
+        there = [setting for setting in read_settings(folder, seeds) if ARM in setting.arms]
+        found = [setting for setting in there if where in (setting[1:4], _short(setting))]
         if len(found) != 1:
+            known = '; '.join(dict.fromkeys(', '.join(_short(setting)) for setting in there)) or 'none'
             raise StudyError(f'{path}: {row["setting"]} asks {folder} for {ARM} runs on {", ".join(where)} training '
-                             f'images, and that holds them for {len(found)} models. Correct the row.')
+                             f'images, and that holds them for {len(found)} models. Correct the row. It holds: '
+                             f'{known}.')
         setting, family = found[0], controls(ARM, found[0].arms)
         all_of_them = [c for c in (compare(folder, setting, ARM, control) for control in family) if c.difference.n]
         corrected = holm([c.difference.p for c in all_of_them])

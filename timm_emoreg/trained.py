@@ -89,21 +89,25 @@ def released_model(name: str) -> Trained:
     if colon and kind in ('local-dir', 'hf-hub'):
         try:
             repository, _, revision = place.partition('@')
-            config = Path(place, 'config.json') if kind == 'local-dir' else Path(
+            path = Path(place, 'config.json') if kind == 'local-dir' else Path(
                 hf_hub_download(repository, 'config.json', revision=revision or None))
-            names = tuple(json.loads(config.read_text())['emoreg']['affect_names'])
+            config = json.loads(path.read_text())
+            plain = timm.is_model(config['architecture']) and config['architecture'] not in (*BACKBONES, 'emoreg')
+            names = () if plain else tuple(config['emoreg']['affect_names'])
         except (KeyError, TypeError):  # a model that was exported without them, or no model
-            pass
+            plain = False
         except (OSError, ValueError, HfHubHTTPError) as e:
             raise DataError(f'--model {name}: its config.json cannot be read ({e}). Give the folder of a weight, such '
                             'as local-dir:hub_cards/NAME, or a repository of the Hub.') from None
+        if plain:
+            raise _no_affect(f'--model {name}')
     else:
         weight = zoo.find(name)
         if weight is None:
             architecture = name.split('.')[0]
             if architecture not in BACKBONES and timm.is_model(architecture):
                 raise _no_affect(f'--model {name}')
-            raise unknown_choice('', '--model', name, [w.name for w in zoo.WEIGHTS.values() if w.available],
+            raise unknown_choice('', '--model', name, [w.name for w in zoo.WEIGHTS.values() if w.at_hand],
                                  'Or give a run of train.py with --checkpoint.')
         name, names = weight.name, weight.affect_names
     try:
@@ -113,8 +117,10 @@ def released_model(name: str) -> Trained:
         if not colon:
             raise
         reason = (str(e).splitlines() or [type(e).__name__])[0]  # an assertion or a key may have no text
-        raise DataError(f'--model {name}: timm cannot load it ({reason}). It should hold what '
-                        'timm.models.save_for_hf writes.') from e
+        weight = zoo.WEIGHTS.get(Path(place).name)
+        remedy = (f'The file of this weight is in the package: --model {weight.name}.' if weight and weight.embedded
+                  else 'It should hold what timm.models.save_for_hf writes.')
+        raise DataError(f'--model {name}: timm cannot load it ({reason}). {remedy}') from e
     if not isinstance(model, EmoReg):
         raise _no_affect(f'--model {name}')
     channels = resolve_model_data_config(model)['input_size'][0]
@@ -140,6 +146,9 @@ def _find_checkpoint(where: Path) -> Path:
             return folder / 'model_best.pth.tar'
         if folder.name == 'plain' and folder.is_dir():  # with stimuli it has a stage 1, too, which was not asked for
             break
+    if any((folder / 'result.json').is_file() for folder in (where, where / 'emoreg', where / 'plain')):
+        raise CheckpointError(f'{where}: finished, but its checkpoints are gone. Train it again; a study keeps those '
+                              'of its runs with --keep-checkpoints.')
     raise CheckpointError(f'{where}: holds no model_best.pth.tar, neither itself nor in its folders emoreg, plain and '
                           'affect. Give a run of train.py that finished an epoch, or a checkpoint.')
 
