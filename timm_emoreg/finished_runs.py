@@ -1,7 +1,6 @@
 """Finished runs of train.py: reading them, comparing their recipes, the command that gives one again."""
 from __future__ import annotations
 
-import importlib.util
 import json
 import shlex
 import statistics
@@ -11,6 +10,7 @@ from typing import Any
 import timm_emoreg
 
 from .settings import LABELS_OF_STAGE_1, REGULATION
+from .train_script import parser_of
 
 __all__ = ['ROOT', 'HubError', 'Run', 'check_baseline', 'check_same_recipe', 'recipe_of', 'summary_of']
 
@@ -54,10 +54,7 @@ class Run:
 
 def _settings_of(*command: str) -> dict[str, Any]:
     """What train.py makes of a command line."""
-    spec = importlib.util.spec_from_file_location('emoreg_train', ROOT / 'train.py')
-    train = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(train)
-    return vars(train.parse_args(list(command)))
+    return vars(parser_of(ROOT / 'train.py')(list(command)))
 
 
 def _different(one: Run, other: Run, aside: tuple[str, ...] = ()) -> str:

@@ -25,7 +25,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fcntl
-import importlib.util
 import io
 import json
 import os
@@ -71,6 +70,7 @@ from .study_grid import (
 from .study_plots import draw_forest, draw_learning_curves
 from .study_summary import draw_summary, make_summary, read_summary
 from .study_table import make_table, read_settings, write_table
+from .train_script import parser_of
 
 __all__ = ['Study', 'hold', 'main']
 
@@ -477,14 +477,12 @@ def _check_train_images(args: argparse.Namespace) -> None:
 
 def _check_flags(runs: Sequence[Run], script: Path) -> None:
     """Refuse what train.py would refuse on the command line of a run, before the first one is trained."""
-    spec = importlib.util.spec_from_file_location('train', script)
-    train = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(train)
+    parse_args = parser_of(script)
     for run in {(run.model, run.arm, run.stimuli, run.target, run.train_images): run for run in runs}.values():
         said = io.StringIO()
         try:
             with contextlib.redirect_stderr(said):
-                train.parse_args([*run.flags, *(('--experience', run.needs) if run.needs else ())])
+                parse_args([*run.flags, *(('--experience', run.needs) if run.needs else ())])
         except SystemExit as e:
             if not e.code:  # --help
                 raise
