@@ -93,7 +93,7 @@ from timm_emoreg.run_folder import (
 from timm_emoreg.settings import SettingsError, backbone_args, batch_of_a_step, complete_settings, shapes_stage_1
 from timm_emoreg.small_image import small_image_form
 from timm_emoreg.task import AffectTask, EmoRegTask
-from timm_emoreg.trainable import CANNOT_BUILD, ModelError, check_takes, check_takes_one, reason_of
+from timm_emoreg.trainable import CANNOT_BUILD, ModelError, check_takes, check_takes_one, lacks_memory, reason_of
 
 # -- settings ----------------------------------------------------------------------------------------------------------
 
@@ -274,6 +274,8 @@ def checked_model(args, task: str, splits, experience: Experience | None, batch_
         raise ModelError(f'--pretrained-backbone: the weights of {args.backbone} cannot be had ({reason_of(e)}). Leave '
                          'it out, or try again with a connection.') from e
     except CANNOT_BUILD as e:
+        if lacks_memory(e):
+            raise
         raise ModelError(f'--model {args.model} cannot be built so: {reason_of(e)}. Change --model-kwargs, --img-size, '
                          '--small-image, --grad-checkpointing or --experience.') from e
     model.to(device)
@@ -537,7 +539,7 @@ def run_stage(args, task_name: str, splits, device, experience: Experience | Non
 
     # recipe
     precision = chosen['precision']
-    if args.amp and args.amp_dtype == 'float16' and precision == 'float32':
+    if args.amp and args.amp_dtype == 'float16' and precision == 'float32' and device.type == 'cpu':
         say(args, '--amp-dtype float16: is no faster than float32 on this processor, so that is taken')
     epochs = args.affect_epochs or args.epochs if task_name == 'affect' else args.epochs
     recipe = recipe_of(args, task_name, model)
@@ -738,14 +740,14 @@ def main() -> int:
     except (BusyError, DamagedError, DataError, CheckpointError, LaunchError, ModelError, OSError) as e:
         print(f'train.py: {e}', file=sys.stderr)
         return 2
-    except RuntimeError as e:
+    except (MemoryError, RuntimeError) as e:
         if lost_another(e):
             what = str(e).split('. ')[0]
-            then = f' Go on with: {resume_command(args)}' if last_good(args) else ''
+            then = f' Go on with: {resume_command(args)}' if args.resume or last_good(args) else ''
             print(f'train.py: process {args.rank} of {args.world_size} lost another one ({what}), whose own message '
                   f'says why.{then}', file=sys.stderr)
             return 1
-        if not isinstance(e, torch.OutOfMemoryError) and "can't allocate memory" not in str(e):  # of a CPU
+        if not lacks_memory(e):
             raise
         then = f' With more memory, go on with: {resume_command(args)}' if last_good(args) else ''
         print(f'train.py: {args.device} has too little memory ({reason_of(e)}). Lower --batch-size, share it out with '

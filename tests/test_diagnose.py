@@ -88,7 +88,7 @@ def test_similarity_is_the_mean_cosine_of_different_images(experience):
         h = stream.forward_head(stream.forward_features(x), pre_logits=True)
     pairs = [torch.cosine_similarity(h[i], h[j], dim=0) for i in range(5) for j in range(5) if i != j]
     assert similarity(model, shown, (32, 32), 'cpu') == pytest.approx(torch.stack(pairs).mean().item(), abs=1e-4)
-    with pytest.raises(DataError, match='There is 1 image in the validation part, and how alike features of'):
+    with pytest.raises(DataError, match='There is 1 image to look at, and how alike features of different'):
         similarity(model, shown.subset([0]), (32, 32), 'cpu')
 
 

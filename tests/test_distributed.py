@@ -73,6 +73,12 @@ def signal_at_step(number, module):
     module.random_seed = counting
 
 
+def killed_before_the_first_step(module):
+    def kill(*_):
+        os.kill(os.getpid(), signal.SIGKILL)
+    module.train_epoch = kill
+
+
 def report_statistics(module):
     """Print the running statistics of what the process evaluates."""
     evaluate = module.evaluate
@@ -163,21 +169,21 @@ def test_torchrun_starts_it(two, tmp_path, folder):
     assert rows(tmp_path / 'run/plain') == rows(two)
 
 
-@pytest.mark.parametrize(('killed', 'after', 'goes_on'), [(0, 'epoch 2/', True), (1, 'epoch 2/', True),
-                                                          (1, 'plain: ', False)])  # nothing is trained yet
-def test_a_killed_process_ends_the_other_with_a_message(tmp_path, folder, killed, after, goes_on):
+@pytest.mark.parametrize(('killed', 'early'), [(0, False), (1, False), (1, True)])
+def test_a_killed_process_ends_the_other_with_a_message(tmp_path, folder, killed, early):
     argv = (*RECIPE, '--task', 'plain', '--dataset', folder, '--output', tmp_path, '--experiment', 'run')
-    runs = start(*argv, '--epochs', 100_000)
-    runs[0].until(after)
-    runs[killed].process.kill()
+    runs = start(*argv, '--epochs', 100_000, prepare=(None, killed_before_the_first_step if early else None))
+    if not early:
+        runs[0].until('epoch 2/')
+        runs[killed].process.kill()
     left = runs[1 - killed].process
     left.join(60)
     assert left.exitcode == 1
     last = runs[1 - killed].end()[1].splitlines()[-1]
     assert last.startswith(f'train.py: process {1 - killed} of 2 lost another one (')
-    then = f' Go on with: torchrun --nproc-per-node 2 train.py --resume {tmp_path / "run"}' if goes_on else ''
+    then = f' Go on with: torchrun --nproc-per-node 2 train.py --resume {tmp_path / "run"}' if not early else ''
     assert last.endswith(f'whose own message says why.{then}')
-    assert (tmp_path / 'run').exists() == goes_on
+    assert (tmp_path / 'run').exists() == (not early)  # nothing was trained
     assert 'Traceback' not in runs[1 - killed].text
 
 

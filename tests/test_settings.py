@@ -72,7 +72,7 @@ from timm_emoreg.settings import batch_of_a_step
     (('--sched', 'tanh', '--decay-rate', '3'), '--decay-rate 3.0: has no effect with --sched tanh. Use --sched step'),
     (('--opt', 'adamw', '--momentum', '0.8'), '--momentum 0.8: has no effect with --opt adamw. Leave it out, or use'),
     (('--task', 'affect', '--momentum', '0.8'), '--momentum 0.8: has no effect with --opt adamw, the default of stage'),
-    (('--warmup-epochs', '0', '--warmup-lr', '0.1'), '--warmup-lr 0.1: has no effect with --warmup-epochs 0. Leave it'),
+    (('--warmup-epochs', '0', '--warmup-lr', '0.1'), '--warmup-lr 0.1: has no effect with --warmup-epochs 0. Leave on'),
     (('--no-aug', '--cutout', '8'), '--cutout 8: has no effect with --no-aug. Leave one of them out.'),
     (('--no-aug', '--hflip', 'random'), '--hflip random: has no effect with --no-aug. Leave one of them out.'),
     (('--no-amp', '--amp-dtype', 'float16'), '--amp-dtype float16: has no effect with --no-amp. Leave one of them'),

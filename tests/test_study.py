@@ -239,6 +239,7 @@ def test_time_left_is_that_of_like_runs(run, tmp_path, monkeypatch):
     (('--', '--no-modulation'), '--no-modulation: is not for every arm, as it needs the dual head'),
     (('--models', 'test_resnet.zz'), "--model test_resnet.zz: test_resnet has no tag 'zz'. Known: r160_in1k."),
     (('--seeds', '0', '-1'), '--seeds -1: expected 0 or more'),
+    (('--seeds', '3000000000', '0'), '--seeds 3000000000: expected 0 or more, below 2147483648'),
     (('--models', 'emoreg_resnet18.emoji'), 'names a weight, and a study trains its own. Give emoreg_resnet18.'),
 ])
 def test_what_does_not_fit_is_refused(run, tmp_path, argv, message):
@@ -260,6 +261,27 @@ def test_flags_that_train_py_refuses_are_refused_before_the_first_run(run, tmp_p
     assert status == 2
     assert message in err
     assert not (tmp_path / 's').exists()
+
+
+def test_what_was_begun_is_not_asked_again(run, tmp_path):
+    """A train.py that has become stricter must not lock a study out."""
+    assert run('--arms', 'plain', '--seeds', 0, own=('--lrr', '1'))[0] == 0
+    status, out, err = run('--arms', 'plain', '--seeds', 0, '--dry-run', own=('--lrr', '1'), script=TRAIN)
+    assert (status, err, '1 finished' in out) == (0, '', True)
+    assert run('--arms', 'plain', '--seeds', 0, 1, '--dry-run', own=('--lrr', '1'), script=TRAIN)[0] == 2
+
+
+def test_what_is_for_stage_2_alone_is_told_where_to_go(run):
+    _, _, err = run('--arms', 'regulated', '--seeds', 0, own=('--momentum', '0.8'), script=TRAIN)
+    assert 'affect_s0: train.py refuses its flags: --momentum 0.8: has no effect with --opt adamw, the default' in err
+    assert err.endswith(' What is for stage 2 alone goes into --target-flags.\n')
+
+
+def test_a_script_without_a_parser_is_refused(run, tmp_path):
+    (tmp_path / 'other').write_text('import sys')
+    status, _, err = run('--arms', 'plain', '--seeds', 0, script=tmp_path / 'other')
+    assert (status, err) == (2, f'study: --train-script {tmp_path}/other: has no parse_args to check the flags by. '
+                                'Give train.py, or a script that has the same.\n')
 
 
 def test_more_images_than_there_are_is_refused_before_the_first_run(run, colours, tmp_path):

@@ -84,12 +84,12 @@ def similarity(model: EmoReg, images: ImageSet, size: tuple[int, int], device: t
     """Mean cosine similarity of the pooled features that the affect response reads, over all pairs of images.
 
     Raises:
-        DataError: If there is one image only.
+        DataError: If there are not two images.
     """
     count, wide = len(images), wide_dtype(torch.device(device))
     if count < 2:
-        raise DataError('There is 1 image in the validation part, and how alike features of different images are needs '
-                        '2. Give a --dataset that has more.')
+        raise DataError(f'There is {count} image to look at, and how alike features of different images are needs 2. '
+                        'Give a set with more of them in its validation part.')
     stream = (model.backbone if model.backbone_emo is None else model.backbone_emo).to(device).eval()
     total = torch.zeros(stream.head_hidden_size, dtype=wide, device=device)
     with_itself = torch.zeros((), dtype=wide, device=device)

@@ -136,7 +136,7 @@ def recipe_of(run: Run, base: str | None) -> str:
         command += ['--rehearsal', str(rehearsed)]
     given = _settings_of(*command)
     if args['task'] == 'affect':
-        aside = OF_STAGE_2
+        aside = (*OF_STAGE_2, *(('momentum',) if not args['opt'] else ()))  # of stage 2's usual optimizer alone
     else:  # a rehearsal shows the stimuli again; no other setting of stage 1 is left beside its result
         aside = ('affect_epochs',) if rehearsed else OF_STAGE_1
     for key, value in args.items():

@@ -33,7 +33,7 @@ def usual_recipe(model: torch.nn.Module, task: str, opt: str | None, batch_size:
     # Short runs hardly start under SGD at the rates that suit long ones; AdamW and Muon learn at once. A ViT learned
     # stage 1 better with Muon, and ended stage 2 lower after it (hub_cards/study).
     opt = opt or ('adamw' if task == 'affect' else 'muon')
-    base = opt.removeprefix('lookahead_')
+    base = opt.split('_')[-1]  # as timm reads lookahead_sgd
     if base in ('muon', 'nmuon'):
         # The length of Muon's updates depends neither on the gradient nor on the batch: 0.02 and 0.03 were best for
         # ResNet at 256 and 64 images. Without batch norm the length of the weights matters: ViT stood still at 0.02.

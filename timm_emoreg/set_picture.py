@@ -17,7 +17,7 @@ from .trained import Trained
 __all__ = ['draw_set']
 
 MOST_CLASSES = 100  # rows of the heat map
-MOST_WRITTEN = 30  # rows whose cells hold their number
+MOST_WRITTEN = 30  # rows and columns whose cells hold their number
 GALLERY = 8  # images a row
 KINDS = {'repaired': BLUE, 'broken': VERMILLION, 'neither': GREY}
 

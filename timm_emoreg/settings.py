@@ -38,6 +38,7 @@ OWN_FLAGS = {'small_image': '--small-image', 'img_size': '--img-size', 'pretrain
 OF_THE_DATA = ('num_classes', 'num_affect', 'affect_kind')
 # choices of the dual head and its training
 REGULATION = ('balance', 'balanced_in', 'modulation', 'keep_affect', 'affect_lr_scale', 'separate_experience')
+CANNOT_OPTIMIZE = (AssertionError, ImportError, RuntimeError, TypeError, ValueError)  # what timm's optimizers raise
 FREE_ON_RESUME = ('device', 'data_dir', 'workers', 'log_interval')
 
 
@@ -229,6 +230,14 @@ def _check_stages(args: Namespace, given: Collection[str]) -> None:
             raise SettingsError('--task affect makes an experience and takes none: leave --experience out.')
 
 
+def _try_optimizer(args: Namespace, device: str) -> None:
+    """One step of a small matrix."""
+    weight = torch.nn.Parameter(torch.ones(8, 8, device=device))
+    weight.grad = torch.ones_like(weight)
+    create_optimizer_v2([weight], opt=args.opt, lr=1.0, momentum=args.momentum, weight_decay=0.1,
+                        **args.opt_kwargs).step()
+
+
 def _check_recipe(args: Namespace) -> None:
     for name in ('model_kwargs', 'opt_kwargs'):
         try:
@@ -239,17 +248,18 @@ def _check_recipe(args: Namespace) -> None:
     if args.opt_kwargs and not args.opt:
         raise SettingsError(f'--opt-kwargs {args.opt_kwargs}: belong to one optimizer. Give --opt, too.')
     if args.opt:
-        base = args.opt.removeprefix('lookahead_')
+        base = args.opt.split('_')[-1]  # as timm reads lookahead_sgd
         if base in list_optimizers() and get_optimizer_info(base).second_order:
             raise SettingsError(f'--opt {args.opt}: needs second derivatives, which train.py does not compute. '
                                 'timm.optim.list_optimizers() names the others.')
-        try:  # one step of a small matrix, on a GPU where some optimizers need one
-            device = args.device if args.device.startswith('cuda') and torch.cuda.is_available() else 'cpu'
-            weight = torch.nn.Parameter(torch.ones(8, 8, device=device))
-            weight.grad = torch.ones_like(weight)
-            create_optimizer_v2([weight], opt=args.opt, lr=1.0, momentum=args.momentum, weight_decay=0.1,
-                                **args.opt_kwargs).step()
-        except (AssertionError, ImportError, RuntimeError, TypeError, ValueError) as e:
+        try:
+            try:
+                _try_optimizer(args, 'cpu')
+            except CANNOT_OPTIMIZE:
+                if not (args.device.startswith('cuda') and torch.cuda.is_available()):
+                    raise
+                _try_optimizer(args, args.device)  # where some need a GPU
+        except CANNOT_OPTIMIZE as e:
             reason = str(e).rstrip('.') or 'it cannot be had here'  # timm asserts without a word what must be installed
             near = difflib.get_close_matches(args.opt, list_optimizers(), n=1)
             raise SettingsError(f'--opt {args.opt}, --opt-kwargs {args.opt_kwargs}: {reason}. '
@@ -259,11 +269,8 @@ def _check_recipe(args: Namespace) -> None:
 
 def _check_has_effect(args: Namespace, given: Collection[str]) -> None:
     """Refuse what was given and would change nothing, because of another flag or for want of one."""
-    try:
-        # of the defaults stage 2's has it, muon, and stage 1's, adamw, has not
-        has_momentum = get_optimizer_info(args.opt).has_momentum if args.opt else args.task != 'affect'
-    except ValueError:  # an optimizer within another one, such as lookahead_sgd
-        has_momentum = True
+    # of the defaults stage 2's has it, muon, and stage 1's, adamw, has not
+    has_momentum = get_optimizer_info(args.opt.split('_')[-1]).has_momentum if args.opt else args.task != 'affect'
     sgd = 'Leave it out, or use one that has it, such as sgd'
     for name, has_effect, remedy in (
             ('model_ema_decay', args.model_ema, 'without --model-ema. Add that, or leave it out'),
@@ -272,7 +279,7 @@ def _check_has_effect(args: Namespace, given: Collection[str]) -> None:
             ('decay_rate', args.sched in ('step', 'poly'),
              f'with --sched {args.sched}. Use --sched step or poly, or leave it out'),
             ('momentum', has_momentum, f'with --opt {args.opt or "adamw, the default of stage 1"}. {sgd}'),
-            ('warmup_lr', args.warmup_epochs > 0, 'with --warmup-epochs 0. Leave it out'),
+            ('warmup_lr', args.warmup_epochs > 0, 'with --warmup-epochs 0. Leave one of them out'),
             ('hflip', not args.no_aug or args.hflip == 'none', 'with --no-aug. Leave one of them out'),
             ('cutout', not args.no_aug or not args.cutout, 'with --no-aug. Leave one of them out'),
             ('amp_dtype', args.amp, 'with --no-amp. Leave one of them out')):

@@ -157,6 +157,10 @@ class Study:
     def is_finished(self, run: Run) -> bool:
         return self._result(run).is_file() or any(row['key'] == run.key for rows in self.rows.values() for row in rows)
 
+    def is_begun(self, run: Run) -> bool:
+        """Whether its flags have been taken once and are not passed again."""
+        return self.is_finished(run) or bool(self._recorded(run))
+
     def check(self, runs: Sequence[Run], digests: dict[str, str]) -> None:
         """Refuse runs that were made, or begun, with other flags, those of another recipe than the finished ones that
         they would be compared with, and those of a set that has changed since.
@@ -447,8 +451,8 @@ def _check(args: argparse.Namespace) -> None:
     for images in args.train_images:
         if images != 'all' and not (images.isdecimal() and int(images) > 0):
             raise StudyError(f"--train-images {images}: expected a number of images, or 'all'.")
-    if negative := [seed for seed in args.seeds if seed < 0]:
-        raise StudyError(f'--seeds {negative[0]}: expected 0 or more.')
+    if outside := [seed for seed in args.seeds if not 0 <= seed < 2 ** 31]:
+        raise StudyError(f'--seeds {outside[0]}: expected 0 or more, below {2 ** 31}.')
     for name in ('epochs', 'affect_epochs', 'jobs', 'threads'):
         if getattr(args, name) < 1:
             raise StudyError(f'--{name.replace("_", "-")} {getattr(args, name)}: expected 1 or more.')
@@ -475,19 +479,23 @@ def _check_train_images(args: argparse.Namespace) -> None:
             fewer_images(splits, number, seed=0)
 
 
-def _check_flags(runs: Sequence[Run], script: Path) -> None:
+def _check_flags(runs: Iterable[Run], script: Path, device: str) -> None:
     """Refuse what train.py would refuse on the command line of a run, before the first one is trained."""
     parse_args = parser_of(script)
+    if parse_args is None:
+        raise StudyError(f'--train-script {script}: has no parse_args to check the flags by. Give train.py, or a '
+                         'script that has the same.')
     for run in {(run.model, run.arm, run.stimuli, run.target, run.train_images): run for run in runs}.values():
         said = io.StringIO()
         try:
             with contextlib.redirect_stderr(said):
-                parse_args([*run.flags, *(('--experience', run.needs) if run.needs else ())])
+                parse_args([*run.flags, '--device', device, *(('--experience', run.needs) if run.needs else ())])
         except SystemExit as e:
             if not e.code:  # --help
                 raise
-            raise StudyError(f'{run.key}: train.py refuses its flags: {said.getvalue().strip().partition("error: ")[2]}'
-                             ) from None
+            reason = said.getvalue().strip().rpartition('error: ')[2] or e.code
+            only = ' What is for stage 2 alone goes into --target-flags.' if run.task == 'affect' else ''
+            raise StudyError(f'{run.key}: train.py refuses its flags: {reason}{only}') from None
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -501,9 +509,8 @@ def _run(args: argparse.Namespace) -> int:
     args.stimuli = ['+'.join(absolute(part, STIMULI) for part in stimuli_parts(name)) for name in args.stimuli]
     args.targets = [absolute(name, TARGETS) for name in args.targets]
     args.train_images = [images if images == 'all' else str(int(images)) for images in args.train_images]
-    _check_train_images(args)
     runs, notes = plan(args)
-    _check_flags(runs, args.train_script)
+    _check_train_images(args)
     print(*notes, sep='\n', end='\n' if notes else '')
 
     digests = data_digests(runs, args.data_dir, Ratings.given(args))
@@ -514,8 +521,9 @@ def _run(args: argparse.Namespace) -> int:
         made.check(runs, digests)
         return made
 
+    looked = study()
+    _check_flags((run for run in runs if not looked.is_begun(run)), args.train_script, args.devices[0])
     if args.dry_run:
-        looked = study()
         finished = [looked.is_finished(run) for run in runs]
         for run, is_finished in zip(runs, finished, strict=True):
             print(f'{"finished" if is_finished else "to do"}: {run.key}: train.py {shlex.join(run.flags)}'
@@ -523,7 +531,7 @@ def _run(args: argparse.Namespace) -> int:
         first = sum(run.task == 'affect' for run in runs)
         print(f'{len(runs)} runs: {first} of stage 1, {len(runs) - first} of stage 2; {sum(finished)} finished')
         return 0
-    study()  # what does not fit is refused before anything is written
+    # what does not fit has been refused before anything is written
     with hold(args.output) as lock:
         running = study()
         handlers = {number: signal.signal(number, lambda number, frame: running.signals.append(number))

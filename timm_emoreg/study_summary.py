@@ -38,11 +38,6 @@ def _seeds(text: str) -> list[int]:
     return numbers
 
 
-def _short(setting: Setting) -> tuple[str, str, str]:
-    """Stimuli, target and number of images as a table shows them."""
-    return short_name(setting.stimuli), short_name(setting.target), setting.train_images
-
-
 def read_summary(path: Path) -> list[Line]:
     """The settings that a csv names.
 
@@ -67,11 +62,12 @@ def read_summary(path: Path) -> list[Line]:
             raise StudyError(f'{path}: seeds {row["seeds"]!r} of {row["setting"]} are none. Give numbers and ranges, '
                              'such as 0-4.') from None
         there = [setting for setting in read_settings(folder, seeds) if ARM in setting.arms]
-        found = [setting for setting in there if where in (setting[1:4], _short(setting))]
+        found = [setting for setting in there if all(
+            name in (full, short_name(full)) for name, full in zip(where, setting[1:4], strict=True))]
         if len(found) != 1:
-            known = '; '.join(dict.fromkeys(', '.join(_short(setting)) for setting in there)) or 'none'
+            known = '; '.join(f'{setting.model}, {", ".join(setting[1:4])}' for setting in there) or 'none'
             raise StudyError(f'{path}: {row["setting"]} asks {folder} for {ARM} runs on {", ".join(where)} training '
-                             f'images, and that holds them for {len(found)} models. Correct the row. It holds: '
+                             f'images, and that holds {len(found)} such settings. Correct the row. It holds: '
                              f'{known}.')
         setting, family = found[0], controls(ARM, found[0].arms)
         all_of_them = [c for c in (compare(folder, setting, ARM, control) for control in family) if c.difference.n]

@@ -6,7 +6,7 @@ from copy import deepcopy
 import torch
 from torch import nn
 
-__all__ = ['CANNOT_BUILD', 'OF_THE_DEVICE', 'ModelError', 'check_takes', 'check_takes_one', 'reason_of']
+__all__ = ['CANNOT_BUILD', 'OF_THE_DEVICE', 'ModelError', 'check_takes', 'check_takes_one', 'lacks_memory', 'reason_of']
 
 
 # what timm's families raise for arguments and image sizes that they do not take
@@ -14,6 +14,11 @@ CANNOT_BUILD = (ArithmeticError, AssertionError, AttributeError, LookupError, Ru
 
 # what is no fault of the settings that are tried; both are RuntimeErrors
 OF_THE_DEVICE = (torch.AcceleratorError, torch.OutOfMemoryError)
+
+
+def lacks_memory(error: Exception) -> bool:
+    """Whether a device, or the machine, had no memory left; of a CPU torch says so in a plain RuntimeError."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
 class ModelError(ValueError):
@@ -44,6 +49,8 @@ def check_takes(model: nn.Module, name: str, flag: str, size: int, device: torch
     except OF_THE_DEVICE:
         raise
     except CANNOT_BUILD as e:
+        if lacks_memory(e):
+            raise
         raise ModelError(f'{flag} {size}: {name} takes no images of that size ({reason_of(e)}). Use a larger one, or '
                          'leave it out.') from e
 

@@ -20,7 +20,7 @@ from .data import DataError, Target
 from .data.choices import unknown_choice
 from .experience import Experience, find_experience
 from .settings import backbone_args
-from .trainable import CANNOT_BUILD
+from .trainable import CANNOT_BUILD, reason_of
 
 __all__ = ['Trained', 'need_affect', 'released_model', 'some', 'trained_model']
 
@@ -99,8 +99,6 @@ def released_model(name: str) -> Trained:
         except (OSError, ValueError, HfHubHTTPError) as e:
             raise DataError(f'--model {name}: its config.json cannot be read ({e}). Give the folder of a weight, such '
                             'as local-dir:hub_cards/NAME, or a repository of the Hub.') from None
-        if plain:
-            raise _no_affect(f'--model {name}')
     else:
         weight = zoo.find(name)
         if weight is None:
@@ -116,11 +114,12 @@ def released_model(name: str) -> Trained:
     except (*CANNOT_BUILD, EOFError, OSError, SafetensorError) as e:
         if not colon:
             raise
-        reason = (str(e).splitlines() or [type(e).__name__])[0]  # an assertion or a key may have no text
-        weight = zoo.WEIGHTS.get(Path(place).name)
+        if plain:  # in a form that timm's own model has no argument for, such as small_image
+            raise _no_affect(f'--model {name}') from None
+        weight = zoo.WEIGHTS.get(Path(place.partition('@')[0]).name)
         remedy = (f'The file of this weight is in the package: --model {weight.name}.' if weight and weight.embedded
                   else 'It should hold what timm.models.save_for_hf writes.')
-        raise DataError(f'--model {name}: timm cannot load it ({reason}). {remedy}') from e
+        raise DataError(f'--model {name}: timm cannot load it ({reason_of(e)}). {remedy}') from e
     if not isinstance(model, EmoReg):
         raise _no_affect(f'--model {name}')
     channels = resolve_model_data_config(model)['input_size'][0]
@@ -144,11 +143,11 @@ def _find_checkpoint(where: Path) -> Path:
     for folder in (where, where / 'emoreg', where / 'plain', where / 'affect'):
         if (folder / 'model_best.pth.tar').is_file():
             return folder / 'model_best.pth.tar'
+        if (folder / 'result.json').is_file():
+            raise CheckpointError(f'{folder}: finished, but its checkpoints are gone. Train it again under another '
+                                  'name; a study keeps those of its runs with --keep-checkpoints.')
         if folder.name == 'plain' and folder.is_dir():  # with stimuli it has a stage 1, too, which was not asked for
             break
-    if any((folder / 'result.json').is_file() for folder in (where, where / 'emoreg', where / 'plain')):
-        raise CheckpointError(f'{where}: finished, but its checkpoints are gone. Train it again; a study keeps those '
-                              'of its runs with --keep-checkpoints.')
     raise CheckpointError(f'{where}: holds no model_best.pth.tar, neither itself nor in its folders emoreg, plain and '
                           'affect. Give a run of train.py that finished an epoch, or a checkpoint.')
 
