@@ -25,7 +25,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fcntl
-import io
 import json
 import os
 import shlex
@@ -39,23 +38,18 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-import timm
 import torch
 
 import timm_emoreg
 
-from .data import STIMULI, TARGETS, DataError, absolute, load_target, stimuli_parts
-from .data.choices import unknown_choice
-from .data.controls import fewer_images
+from .data import STIMULI, TARGETS, DataError, absolute, stimuli_parts
 from .files import write_text
 from .marks import MarksError, write_between_marks
 from .run_folder import DamagedError, read_json
-from .settings import SettingsError, check_tag
+from .study_checks import check_flags, check_names, check_train_images
 from .study_grid import (
     ARMS,
     COLUMNS,
-    OF_THE_DUAL_HEAD,
-    RESERVED,
     Ratings,
     Run,
     StudyError,
@@ -70,7 +64,6 @@ from .study_grid import (
 from .study_plots import draw_forest, draw_learning_curves
 from .study_summary import draw_summary, make_summary, read_summary
 from .study_table import make_table, read_settings, write_table
-from .train_script import parser_of
 
 __all__ = ['Study', 'hold', 'main']
 
@@ -427,77 +420,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _check(args: argparse.Namespace) -> None:
-    for model in args.models:
-        name, dot, _ = model.partition('.')
-        if dot and name in timm_emoreg.BACKBONES:
-            raise StudyError(f'--models {model}: names a weight, and a study trains its own. Give {name}.')
-        if not timm.is_model(name):
-            raise unknown_choice('', 'model', model, timm.list_models('emoreg*'), 'Or give any of timm.list_models().')
-        try:
-            check_tag(model)
-        except SettingsError as e:
-            raise StudyError(str(e)) from None
-    stimuli = [part for name in args.stimuli for part in stimuli_parts(name)]
-    for what, names, known in (('stimuli', stimuli, STIMULI), ('target', args.targets, TARGETS)):
-        for name in names:
-            path = os.path.expanduser(name)
-            if name not in known and not os.path.isdir(path) and not (what == 'stimuli' and os.path.isfile(path)):
-                raise unknown_choice('', what, name, known, 'Or give a folder with a subfolder per class.')
-    tables = [name for name in stimuli if os.path.isfile(os.path.expanduser(name))]
-    if bool(tables) != bool(args.rating_columns) or bool(tables) != bool(args.rating_scale):
-        raise StudyError(f'--stimuli {" ".join(args.stimuli)}: a csv needs both --rating-columns and --rating-scale, '
-                         'and nothing else has them.')
-    for images in args.train_images:
-        if images != 'all' and not (images.isdecimal() and int(images) > 0):
-            raise StudyError(f"--train-images {images}: expected a number of images, or 'all'.")
-    if outside := [seed for seed in args.seeds if not 0 <= seed < 2 ** 31]:
-        raise StudyError(f'--seeds {outside[0]}: expected 0 or more, below {2 ** 31}.')
-    for name in ('epochs', 'affect_epochs', 'jobs', 'threads'):
-        if getattr(args, name) < 1:
-            raise StudyError(f'--{name.replace("_", "-")} {getattr(args, name)}: expected 1 or more.')
-    for flag in (*args.flags, *args.affect_flags, *args.target_flags):
-        name = flag[2:].split('=')[0] if flag.startswith('--') else ''
-        if name in RESERVED:
-            raise StudyError(f"{flag}: is set by the study. Use the study's own option for that, before the '--'.")
-        if name in OF_THE_DUAL_HEAD:
-            raise StudyError(f'{flag}: is not for every arm, as it needs the dual head. Give it to arms, such as '
-                             'regulated:rehearsal=1 and its controls.')
-    if not args.train_script.is_file():
-        raise StudyError(f'{args.train_script}: there is no training script. Give the path of the '
-                         "repository's train.py with --train-script.")
-
-
-def _check_train_images(args: argparse.Namespace) -> None:
-    for target in args.targets:
-        numbers = [int(images) for images in args.train_images if images != 'all']
-        try:
-            splits = load_target(target, args.data_dir) if numbers else None
-        except DataError:  # the runs that need the set will fail and say so; the others go on
-            continue
-        for number in numbers:
-            fewer_images(splits, number, seed=0)
-
-
-def _check_flags(runs: Iterable[Run], script: Path, device: str) -> None:
-    """Refuse what train.py would refuse on the command line of a run, before the first one is trained."""
-    parse_args = parser_of(script)
-    if parse_args is None:
-        raise StudyError(f'--train-script {script}: has no parse_args to check the flags by. Give train.py, or a '
-                         'script that has the same.')
-    for run in {(run.model, run.arm, run.stimuli, run.target, run.train_images): run for run in runs}.values():
-        said = io.StringIO()
-        try:
-            with contextlib.redirect_stderr(said):
-                parse_args([*run.flags, '--device', device, *(('--experience', run.needs) if run.needs else ())])
-        except SystemExit as e:
-            if not e.code:  # --help
-                raise
-            reason = said.getvalue().strip().rpartition('error: ')[2] or e.code
-            only = ' What is for stage 2 alone goes into --target-flags.' if run.task == 'affect' else ''
-            raise StudyError(f'{run.key}: train.py refuses its flags: {reason}{only}') from None
-
-
 def _run(args: argparse.Namespace) -> int:
     args.affect_epochs = args.epochs if args.affect_epochs is None else args.affect_epochs
     if args.threads is None:
@@ -505,12 +427,12 @@ def _run(args: argparse.Namespace) -> int:
         args.threads = max(1, cores // max(1, args.jobs))
     args.devices = args.devices or [f'cuda:{i}' for i in range(torch.cuda.device_count())] or ['cpu']
     args.train_script = args.train_script or Path(timm_emoreg.__file__).parents[1] / 'train.py'
-    _check(args)
+    check_names(args)
     args.stimuli = ['+'.join(absolute(part, STIMULI) for part in stimuli_parts(name)) for name in args.stimuli]
     args.targets = [absolute(name, TARGETS) for name in args.targets]
     args.train_images = [images if images == 'all' else str(int(images)) for images in args.train_images]
     runs, notes = plan(args)
-    _check_train_images(args)
+    check_train_images(args)
     print(*notes, sep='\n', end='\n' if notes else '')
 
     digests = data_digests(runs, args.data_dir, Ratings.given(args))
@@ -522,7 +444,7 @@ def _run(args: argparse.Namespace) -> int:
         return made
 
     looked = study()
-    _check_flags((run for run in runs if not looked.is_begun(run)), args.train_script, args.devices[0])
+    check_flags((run for run in runs if not looked.is_begun(run)), args.train_script, args.devices[0])
     if args.dry_run:
         finished = [looked.is_finished(run) for run in runs]
         for run, is_finished in zip(runs, finished, strict=True):
