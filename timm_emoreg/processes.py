@@ -84,6 +84,6 @@ def mean_over_processes(sums: dict[str, Tensor], args: Namespace) -> dict[str, f
     return dict(zip(names, values.tolist(), strict=True))
 
 
-def lost_another(error: RuntimeError) -> bool:
+def lost_another(error: Exception) -> bool:
     """Whether an error says that another process has ended; those of gloo have no type of their own."""
     return isinstance(error, torch.distributed.DistError) or 'gloo' in str(error)

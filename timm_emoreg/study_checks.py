@@ -74,10 +74,10 @@ def check_train_images(args: argparse.Namespace) -> None:
     Raises:
         DataError: If there is one.
     """
-    for target in args.targets:
-        numbers = [int(images) for images in args.train_images if images != 'all']
+    numbers = [int(images) for images in args.train_images if images != 'all']
+    for target in args.targets if numbers else ():
         try:
-            splits = load_target(target, args.data_dir) if numbers else None
+            splits = load_target(target, args.data_dir)
         except DataError:  # the runs that need the set will fail and say so; the others go on
             continue
         for number in numbers:
