@@ -75,17 +75,21 @@ def _spread(values: dict[str, Any], metric: str) -> str:
 
 
 def _results(weight: Weight) -> str:
-    plain = bool(weight.baseline)
-    rows = ['| test part | this weight | mean ± sd over seeds |' + (' plain backbone, same recipe |' if plain else ''),
-            '|---|---|---|' + ('---|' if plain else '')]
+    plain, several = bool(weight.baseline), len(weight.seeds) > 1
+    titles = ['test part', 'this weight', *['mean ± sd over seeds'] * several,
+              *['plain backbone, same recipe'] * plain]
+    rows = [f'| {" | ".join(titles)} |', '|---' * len(titles) + '|']
     for name, values in weight.metrics.items():
-        one = _spread({'mean': values['weight'], 'sd': None, 'n': 1}, name).split(' (')[0]
-        row = f'| {metric_name(name)} | {one} | {_spread(values, name)} |'
+        row = [metric_name(name), _spread({'mean': values['weight'], 'sd': None, 'n': 1}, name)]
+        if several:
+            row = [row[0], row[1].split(' (')[0], _spread(values, name)]
         if plain:
-            row += f' {_spread(weight.baseline[name], name)} |' if name in weight.baseline else ' |'
-        rows.append(row)
+            row.append(_spread(weight.baseline[name], name) if name in weight.baseline else '')
+        rows.append(f'| {" | ".join(row)} |')
     text = '\n'.join(rows)
-    if not plain and weight.target is None:
+    if weight.target:
+        text += '\n\n' + NO_EVIDENCE
+    elif not plain:
         if weight.model_args['affect_kind'] == 'ratings':
             text += '\n\nFor comparison: the plain backbone gives no ratings, and any constant answer has CCC 0.'
         else:
@@ -133,6 +137,9 @@ loss.backward()"""
     return use, tune
 
 
+NO_EVIDENCE = """These numbers are no evidence that emotion helps: no control of the labels was trained beside them. The
+project's study compares the method with such controls, over several seeds."""
+
 FACES = """
 **Faces.** This weight was trained on photographs of faces. The EU AI Act, Art. 5(1)(f), prohibits AI systems that infer
 emotions of natural persons in the areas of workplace and education institutions, except for medical or safety reasons.
@@ -169,7 +176,8 @@ def make_card(weight: Weight) -> str:
                 'is stage 1 of emotional regulation, the start for a classifier; it has no classes of its own.')
     kind = 'classifier' if target else 'model'
     trained = (f'from `{weight.base}`' if weight.base else 'from scratch') + f', project commit `{weight.commit}`'
-    seeds = ', '.join(map(str, weight.seeds))
+    several = len(weight.seeds) > 1
+    seeds = f'seed{"s" * several} {", ".join(map(str, weight.seeds))}, {weight.seconds:,.0f} s{" per run" * several}'
     again = ', and again for what the 8 bits cost, by which nothing was chosen' if weight.eight_bits else ''
     precision = 'int8 with a scale per output channel' if weight.eight_bits else weight.precision
     rounding = f'\n{eight_bit_cost(weight)}\n' if weight.eight_bits else ''
@@ -195,12 +203,14 @@ paper were not available; no number of the paper is claimed here.
 | | |
 |---|---|
 | model | `{weight.architecture}`, {weight.form}, {size} px, {weight.parameters:,} parameters |
-| trained | {trained}, seeds {seeds}, {weight.seconds:,.0f} s a run ({weight.hardware}) |
+| trained | {trained}, {seeds} ({weight.hardware}) |
 | file | {weight.size:,} bytes, safetensors, {precision}: moves outputs for noise by at most {moved} |
 | sha256 | `{weight.sha256}` |
 | licence | {licence} |
 
 ## Use
+
+With the package `timm_emoreg` installed (`pip install .` in a checkout of the project):
 
 ```python
 {use}
