@@ -20,8 +20,10 @@ import shlex
 import signal
 import sys
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import timm
@@ -30,7 +32,8 @@ from timm.data import Mixup, resolve_model_data_config
 from timm.layers import convert_sync_batchnorm
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
-from timm.task import ClassificationTask
+from timm.scheduler.scheduler import Scheduler
+from timm.task import ClassificationTask, TrainingTask
 from timm.utils import (
     CheckpointSaver,
     NativeScaler,
@@ -291,25 +294,58 @@ def checked_model(args, task: str, splits, experience: Experience | None, batch_
     return convert_sync_batchnorm(model) if synced else model
 
 
-def build_task(args, task: str, model, splits, soft_targets: bool, device, stimuli):
-    if task == 'affect':
-        return AffectTask(model, splits.target.kind, splits.target.names, smoothing=args.smoothing, device=device)
-    criterion = {'smoothing': args.smoothing, 'soft_targets': soft_targets}
-    if task == 'emoreg':
-        return EmoRegTask(model, args.balanced_in, args.keep_affect, args.rehearsal,
+def build_task(args, task_name: str, model, splits, device, stimuli):
+    """The training task around a model, with averaged weights, compiled, for several processes, as the flags say."""
+    criterion = {'smoothing': args.smoothing, 'soft_targets': max(args.mixup, args.cutmix) > 0}
+    if task_name == 'affect':
+        task = AffectTask(model, splits.target.kind, splits.target.names, smoothing=args.smoothing, device=device)
+    elif task_name == 'emoreg':
+        task = EmoRegTask(model, args.balanced_in, args.keep_affect, args.rehearsal,
                           stimuli.target.kind if stimuli else 'class', args.smoothing, criterion_kwargs=criterion,
                           device=device)
-    return ClassificationTask(model, criterion_kwargs=criterion, device=device)
+    else:
+        task = ClassificationTask(model, criterion_kwargs=criterion, device=device)
+    if args.model_ema:
+        task.setup_ema(decay=args.model_ema_decay, use_warmup=True)
+    if args.torchcompile:
+        task.compile(args.torchcompile)
+    if args.distributed:
+        task.prepare_distributed(device_ids=[device] if device.type == 'cuda' else None)
+    return task
 
 
-def choices_of(args, model, shown: dict, device) -> dict[str, str]:
-    """What is fast and free here and now, for the sets that are `shown`, and so must not be chosen again."""
-    size = (args.img_size, args.img_size)
-    precision = choose_precision(device, args.amp_dtype if args.amp else None)
-    attention = choose_attention(model, device, precision, args.img_size)
-    return {'precision': precision} | ({'attention': attention} if attention else {}) | {
-        name: choose_kind(len(splits.train), size, device, not args.no_aug, args.world_size)
-        if args.loader == 'auto' else args.loader for name, splits in shown.items()}
+def choose(args, model, splits, stimuli, device, out: Path) -> dict[str, str]:
+    """Precision, attention and loaders for this machine here and now, chosen once and kept for resumes."""
+    def choices() -> dict[str, str]:
+        size = (args.img_size, args.img_size)
+        precision = choose_precision(device, args.amp_dtype if args.amp else None)
+        attention = choose_attention(model, device, precision, args.img_size)
+        shown = {'loader': splits} | ({'stimuli_loader': stimuli} if stimuli else {})
+        return {'precision': precision} | ({'attention': attention} if attention else {}) | {
+            name: choose_kind(len(one.train), size, device, not args.no_aug, args.world_size)
+            if args.loader == 'auto' else args.loader for name, one in shown.items()}
+
+    chosen = first_decides(lambda: chosen_once(out / 'choices.json', choices), args)
+    if args.amp and args.amp_dtype == 'float16' and chosen['precision'] == 'float32' and device.type == 'cpu':
+        say(args, '--amp-dtype float16: is no faster than float32 on this processor, so that is taken')
+    return chosen
+
+
+def loaders_of(args, model, splits, stimuli, batch_size: int, chosen: dict[str, str], epochs: int, device):
+    """Loaders of the training, validation and test part; the first one also has the `stimuli` to rehearse."""
+    def loader_of(splits, part, kind=args.loader):
+        return make_loader(
+            part, (args.img_size, args.img_size), batch_size, resolve_model_data_config(model),
+            training=part is splits.train, kind=kind, device=device, augment=not args.no_aug,
+            flip=args.hflip if splits.flip_safe else 'none', cutout=args.cutout, seed=args.seed,
+            channels_last=args.channels_last, workers=args.workers, rank=args.rank, world_size=args.world_size)
+
+    train = loader_of(splits, splits.train, chosen['loader'])
+    if args.start_img_size is not None:
+        train = ProgressiveLoader(train, args.start_img_size, epochs)
+    if stimuli is not None:
+        train = RehearsalLoader(train, loader_of(stimuli, stimuli.train, chosen['stimuli_loader']))
+    return train, loader_of(splits, splits.validation), loader_of(splits, splits.test)
 
 
 def recipe_of(args, task: str, model) -> dict:
@@ -332,6 +368,23 @@ def optimizer_of(args, task: str, model, recipe: dict, epochs: int, updates: int
         warmup_epochs=min(args.warmup_epochs, epochs / 4), warmup_lr=args.warmup_lr * lr, min_lr=args.min_lr * lr,
         step_on_epochs=False, updates_per_epoch=updates)
     return optimizer, scheduler
+
+
+def announce(args, task_name: str, model, splits, stimuli, recipe: dict, chosen: dict[str, str], epochs: int) -> None:
+    """One line that tells what will be trained, and how."""
+    first = size_of_epoch(0, epochs, args.start_img_size or args.img_size, args.img_size)
+    pixels = f'{first} to {args.img_size}' if first < args.img_size else args.img_size
+    kernel = f'{chosen["attention"]} attention, ' if 'attention' in chosen else ''
+    say(args, f'{task_name}: {args.model} ({form_of(model)}, {pixels} px, '
+              f'{sum(p.numel() for p in model.parameters()):,} parameters) on {splits.summary()}; {epochs} epochs, '
+              f'{recipe["opt"]}, lr {recipe["lr"]:g}, batch {args.whole_batch}, {chosen["precision"]}, {kernel}'
+              f'{chosen["loader"]} loader on {args.device}')
+    if stimuli is not None:
+        say(args, f'rehearsal: {stimuli.summary()}; weight {args.rehearsal:g}')
+
+
+def form_of(model) -> str:
+    return small_image_form(getattr(unwrap_model(model), 'backbone', unwrap_model(model)))
 
 
 # -- the loop ----------------------------------------------------------------------------------------------------------
@@ -361,11 +414,40 @@ def check_finite(task, loss: float, when: str) -> None:
         raise FloatingPointError(f'weights or loss are not finite {when}')
 
 
-def train_epoch(epoch, first_step, task, loader, optimizer, scheduler, scaler, autocast, mixup, saver, args):
-    """One pass over the training set, from batch `first_step` on; gives the mean of each part of the loss."""
+class Loop(NamedTuple):
+    """What the epochs of a stage have in common, beside their settings."""
+
+    task: TrainingTask
+    optimizer: torch.optim.Optimizer
+    scheduler: Scheduler
+    updates: int  # of an epoch
+    autocast: Callable
+    scaler: NativeScaler | None
+    mixup: Mixup | None
+    saver: CheckpointSaver | None  # of the one process that writes
+
+
+def loop_of(args, task_name: str, task, model, splits, recipe: dict, epochs: int, batches: int, precision: str, device,
+            out: Path) -> Loop:
+    updates = batches // args.grad_accum_steps
+    optimizer, scheduler = optimizer_of(args, task_name, model, recipe, epochs, updates)
+    if (device.type == 'cpu' and precision == 'float32') or emulates_bfloat16(device):
+        orthogonalize_in_float32(optimizer)
+    scaler = NativeScaler(device.type) if precision == 'float16' else None
+    mixup = saver = None
+    if task_name != 'affect' and max(args.mixup, args.cutmix) > 0:
+        mixup = Mixup(args.mixup, args.cutmix, label_smoothing=args.smoothing, num_classes=len(splits.target))
+    if is_primary(args):
+        saver = CheckpointSaver(unwrap_model(model), optimizer, args=args, amp_scaler=scaler, task=task, max_history=1,
+                                checkpoint_dir=str(out), recovery_dir=str(out))
+    return Loop(task, optimizer, scheduler, updates, autocast_in(device, precision), scaler, mixup, saver)
+
+
+def train_epoch(epoch: int, loop: Loop, loader, args) -> dict[str, float]:
+    """One pass over the training set, from batch `args.first_step` on; gives the mean of each part of the loss."""
+    task, optimizer, updates = loop.task, loop.optimizer, loop.updates
+    first_step, accumulate = args.first_step, args.grad_accum_steps
     task.train()
-    accumulate = args.grad_accum_steps
-    updates = len(loader) // accumulate
     wide = wide_dtype(task.device)
     sums = {name: torch.tensor(value, dtype=wide, device=task.device) for name, value in args.sums.items()}
     loader.set_epoch(epoch, first_step)
@@ -375,17 +457,17 @@ def train_epoch(epoch, first_step, task, loader, optimizer, scheduler, scaler, a
     for step, (input, target, *stimuli) in bar:
         # dropout, stochastic depth and mixup depend on the step alone, so a resumed run draws what an unbroken one does
         random_seed(int(np.random.SeedSequence((args.seed, epoch, step, args.rank)).generate_state(1)[0]))
-        if mixup is not None:
-            input, target = mixup(input, target)
+        if loop.mixup is not None:
+            input, target = loop.mixup(input, target)
         update = (step + 1) % accumulate == 0
         with nullcontext() if update else task.no_sync():
-            with autocast():
+            with loop.autocast():
                 result = task(input, target, *stimuli)
             loss = result['loss'] / accumulate
             clip = update and args.clip_grad is not None
             parameters = task.get_clip_parameters(exclude_head=args.clip_mode == 'agc') if clip else None
-            if scaler is not None:
-                scaler(loss, optimizer, args.clip_grad, args.clip_mode, parameters, need_update=update)
+            if loop.scaler is not None:
+                loop.scaler(loss, optimizer, args.clip_grad, args.clip_mode, parameters, need_update=update)
             else:
                 loss.backward()
                 if clip:
@@ -403,14 +485,14 @@ def train_epoch(epoch, first_step, task, loader, optimizer, scheduler, scaler, a
             optimizer.zero_grad()
             done = epoch * updates + (step + 1) // accumulate
             task.update_ema(step=done)
-            scheduler.step_update(num_updates=done)
+            loop.scheduler.step_update(num_updates=done)
             if step + 1 < updates * accumulate and asked_to_stop(args, received):
                 args.first_step, args.sums = step + 1, mean_over_processes(sums, args)
                 check_finite(task, args.sums['loss'], f'in epoch {epoch + 1}, step {step + 1}')
                 args.seconds = time.perf_counter() - args.start
-                if saver is not None:
-                    with writing(saver.recovery_dir):
-                        saver.save_recovery(epoch, step + 1)
+                if loop.saver is not None:
+                    with writing(loop.saver.recovery_dir):
+                        loop.saver.save_recovery(epoch, step + 1)
                 if args.distributed:  # a launcher may kill the one that writes as soon as another has ended
                     torch.distributed.barrier()
                 raise Stop
@@ -439,8 +521,9 @@ def evaluate(task, loader, autocast, args, predictions: list | None = None):
     return evaluator.compute(distributed=args.distributed)
 
 
-def restore(args, path: Path, data: str, task, optimizer, scheduler, scaler, saver, updates: int) -> int:
+def restore(args, path: Path, data: str, loop: Loop) -> int:
     """Take up a stopped run where the checkpoint left it; gives the epoch to go on with."""
+    task, scaler, saver = loop.task, loop.scaler, loop.saver
     state = load_training_checkpoint(path)
     if getattr(state['args'], 'data_digest', args.data_digest) != args.data_digest:
         raise DataError(f'{path}: was trained on other images, labels or parts of {data}. Restore them as they '
@@ -451,13 +534,13 @@ def restore(args, path: Path, data: str, task, optimizer, scheduler, scaler, sav
     task.load_checkpoint_state(state['state_dict'], state.get('task_state'))
     if args.model_ema:
         task.load_checkpoint_state(state['state_dict_ema'], state.get('task_state_ema'), ema=True)
-    optimizer.load_state_dict(state['optimizer'])
+    loop.optimizer.load_state_dict(state['optimizer'])
     if scaler is not None:
         scaler.load_state_dict(state[scaler.state_dict_key])
     args.first_step, args.sums = state['args'].first_step, state['args'].sums
     args.start -= getattr(state['args'], 'seconds', 0.0)  # those of the attempts before count, too
     epoch = state['epoch'] if args.first_step else state['epoch'] + 1
-    scheduler.step_update(num_updates=epoch * updates + args.first_step // args.grad_accum_steps)
+    loop.scheduler.step_update(num_updates=epoch * loop.updates + args.first_step // args.grad_accum_steps)
     if saver is not None:
         saver.load_state_dict(state['saver'])
         with writing(path.parent):
@@ -476,6 +559,35 @@ def write_result(args, out: Path, result: dict, predictions: list | None) -> Non
         except (FileNotFoundError, ValueError) as e:  # a summary that was lost or damaged takes no result with it
             say(args, f'curves.png is not drawn: {e}')
         write_text(out / 'result.json', json.dumps(result, indent=1))
+
+
+def train_epochs(args, loop: Loop, model, first_epoch: int, epochs: int, train_loader, validation_loader,
+                 out: Path) -> None:
+    """Train from `first_epoch` on, judge each epoch on the validation part, and write its checkpoint."""
+    task, saver = loop.task, loop.saver
+    for epoch in range(first_epoch, epochs):
+        began = time.perf_counter()
+        parts = train_epoch(epoch, loop, train_loader, args)
+        if args.distributed:
+            for one in (model, *([task.get_eval_model(ema=True)] if task.has_ema() else [])):
+                distribute_bn(unwrap_model(one), args.world_size, reduce=True)
+        judged = (epoch + 1) % args.val_interval == 0 or epoch + 1 == epochs
+        scores = evaluate(task, validation_loader, loop.autocast, args) if judged else {}
+        check_finite(task, scores.get('loss', 0.0), f'after epoch {epoch + 1}')
+        if saver is not None:
+            with writing(out):
+                if judged:
+                    lr_now = max(group['lr'] for group in loop.optimizer.param_groups)  # at the end of the epoch
+                    update_summary(epoch, parts, scores, str(out / 'summary.csv'), lr=lr_now)
+                args.seconds = time.perf_counter() - args.start
+                saver.save_checkpoint(epoch, metric=scores.get(task.create_evaluator().default_metric))
+                for recovery in out.glob('recovery-*.pth.tar'):
+                    recovery.unlink()
+        say(args, f'epoch {epoch + 1}/{epochs}: ' + ', '.join(f'{k} {v:.4g}' for k, v in parts.items())
+            + ('; validation ' if judged else '') + ', '.join(f'{k} {v:.4g}' for k, v in scores.items())
+            + f'; {time.perf_counter() - began:.0f} s')
+        if asked_to_stop(args, received):
+            raise Stop
 
 
 def run_stage(args, task_name: str, splits, device, experience: Experience | None = None, stimuli=None) -> dict:
@@ -503,106 +615,32 @@ def run_stage(args, task_name: str, splits, device, experience: Experience | Non
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
 
-    # model and task
     found = newest_checkpoint(out)
     random_seed(args.seed)
     model = checked_model(args, task_name, splits, experience, batch_size, device, resumed=found is not None)
-    mix = task_name != 'affect' and max(args.mixup, args.cutmix) > 0
-    mixup = None
-    if mix:
-        mixup = Mixup(args.mixup, args.cutmix, label_smoothing=args.smoothing, num_classes=len(splits.target))
-    task = build_task(args, task_name, model, splits, mix, device, stimuli)
-    if args.model_ema:
-        task.setup_ema(decay=args.model_ema_decay, use_warmup=True)
-    if args.torchcompile:
-        task.compile(args.torchcompile)
-    if args.distributed:
-        task.prepare_distributed(device_ids=[device] if device.type == 'cuda' else None)
-
-    # data
-    def choose() -> dict[str, str]:
-        return choices_of(args, model, {'loader': splits} | ({'stimuli_loader': stimuli} if stimuli else {}), device)
-
-    chosen = first_decides(lambda: chosen_once(out / 'choices.json', choose), args)
-    if chosen.get('attention') == 'plain':
+    chosen = choose(args, model, splits, stimuli, device, out)
+    if chosen.get('attention') == 'plain':  # before the task copies the model
         use_plain_attention(model)
-
-    def loader_of(splits, part, kind=args.loader):
-        return make_loader(
-            part, (args.img_size, args.img_size), batch_size, resolve_model_data_config(model),
-            training=part is splits.train, kind=kind, device=device, augment=not args.no_aug,
-            flip=args.hflip if splits.flip_safe else 'none', cutout=args.cutout, seed=args.seed,
-            channels_last=args.channels_last, workers=args.workers, rank=args.rank, world_size=args.world_size)
-
-    train_loader = loader_of(splits, splits.train, chosen['loader'])
-    validation_loader, test_loader = (loader_of(splits, part) for part in (splits.validation, splits.test))
-
-    # recipe
-    precision = chosen['precision']
-    if args.amp and args.amp_dtype == 'float16' and precision == 'float32' and device.type == 'cpu':
-        say(args, '--amp-dtype float16: is no faster than float32 on this processor, so that is taken')
+    task = build_task(args, task_name, model, splits, device, stimuli)
     epochs = args.affect_epochs or args.epochs if task_name == 'affect' else args.epochs
+    train_loader, validation_loader, test_loader = loaders_of(args, model, splits, stimuli, batch_size, chosen, epochs,
+                                                              device)
     recipe = recipe_of(args, task_name, model)
-    updates = len(train_loader) // args.grad_accum_steps
-    optimizer, scheduler = optimizer_of(args, task_name, model, recipe, epochs, updates)
-    if (device.type == 'cpu' and precision == 'float32') or emulates_bfloat16(device):
-        orthogonalize_in_float32(optimizer)
-    autocast = autocast_in(device, precision)
-    scaler = NativeScaler(device.type) if precision == 'float16' else None
-    metric = task.create_evaluator().default_metric
-    form = small_image_form(getattr(unwrap_model(model), 'backbone', unwrap_model(model)))
-    kernel = f'{chosen["attention"]} attention, ' if 'attention' in chosen else ''
-    first = size_of_epoch(0, epochs, args.start_img_size or args.img_size, args.img_size)
-    pixels = f'{first} to {args.img_size}' if first < args.img_size else args.img_size
-    say(args, f'{task_name}: {args.model} ({form}, {pixels} px, '
-              f'{sum(p.numel() for p in model.parameters()):,} parameters) on {splits.summary()}; {epochs} epochs, '
-              f'{recipe["opt"]}, lr {recipe["lr"]:g}, batch {args.whole_batch}, {precision}, {kernel}'
-              f'{type(train_loader).__name__} on {device}')
-    if args.start_img_size is not None:
-        train_loader = ProgressiveLoader(train_loader, args.start_img_size, epochs)
-    if stimuli is not None:
-        say(args, f'rehearsal: {stimuli.summary()}; weight {args.rehearsal:g}')
-        train_loader = RehearsalLoader(train_loader, loader_of(stimuli, stimuli.train, chosen['stimuli_loader']))
+    loop = loop_of(args, task_name, task, model, splits, recipe, epochs, len(train_loader), chosen['precision'], device,
+                   out)
+    announce(args, task_name, model, splits, stimuli, recipe, chosen, epochs)
 
     # where a stopped run goes on
     args.first_step, args.sums, first_epoch = 0, {}, 0
-    saver = None
-    if is_primary(args):
-        saver = CheckpointSaver(unwrap_model(model), optimizer, args=args, amp_scaler=scaler, task=task, max_history=1,
-                                checkpoint_dir=str(out), recovery_dir=str(out))
     if found:
         data = splits.name + (f' or {stimuli.name}' if stimuli else '')
-        first_epoch = restore(args, found, data, task, optimizer, scheduler, scaler, saver, updates)
+        first_epoch = restore(args, found, data, loop)
         say(args, f'{found}: ' + (f'going on with epoch {first_epoch + 1}, step {args.first_step + 1}'
                                   if first_epoch < epochs else 'all epochs are trained, what is left is the test part'))
-    if saver is not None:
+    if is_primary(args):
         with writing(out):  # also without a checkpoint: the row of an epoch is written before its first one
             trim(out / 'summary.csv', first_epoch)
-
-    for epoch in range(first_epoch, epochs):
-        began = time.perf_counter()
-        parts = train_epoch(epoch, args.first_step, task, train_loader, optimizer, scheduler, scaler, autocast, mixup,
-                            saver, args)
-        if args.distributed:
-            for one in (model, *([task.get_eval_model(ema=True)] if task.has_ema() else [])):
-                distribute_bn(unwrap_model(one), args.world_size, reduce=True)
-        judged = (epoch + 1) % args.val_interval == 0 or epoch + 1 == epochs
-        scores = evaluate(task, validation_loader, autocast, args) if judged else {}
-        check_finite(task, scores.get('loss', 0.0), f'after epoch {epoch + 1}')
-        if saver is not None:
-            with writing(out):
-                if judged:
-                    lr_now = max(group['lr'] for group in optimizer.param_groups)  # at the end of the epoch
-                    update_summary(epoch, parts, scores, str(out / 'summary.csv'), lr=lr_now)
-                args.seconds = time.perf_counter() - args.start
-                saver.save_checkpoint(epoch, metric=scores.get(metric))
-                for recovery in out.glob('recovery-*.pth.tar'):
-                    recovery.unlink()
-        say(args, f'epoch {epoch + 1}/{epochs}: ' + ', '.join(f'{k} {v:.4g}' for k, v in parts.items())
-            + ('; validation ' if judged else '') + ', '.join(f'{k} {v:.4g}' for k, v in scores.items())
-            + f'; {time.perf_counter() - began:.0f} s')
-        if asked_to_stop(args, received):
-            raise Stop
+    train_epochs(args, loop, model, first_epoch, epochs, train_loader, validation_loader, out)
 
     # the best epoch, and the one look at the test part
     if args.distributed:
@@ -611,13 +649,13 @@ def run_stage(args, task_name: str, splits, device, experience: Experience | Non
     ema = task.has_ema()
     task.load_checkpoint_state(state['state_dict_ema' if ema else 'state_dict'], ema=ema)
     predictions = [] if splits.target.kind == 'class' and not args.distributed else None
-    test = evaluate(task, test_loader, autocast, args, predictions)
+    test = evaluate(task, test_loader, loop.autocast, args, predictions)
     best = unwrap_model(task.get_eval_model(ema=ema))
     result = {
-        'task': task_name, 'model': args.model, 'form': form, 'img_size': args.img_size, 'data': splits.name,
+        'task': task_name, 'model': args.model, 'form': form_of(model), 'img_size': args.img_size, 'data': splits.name,
         'train_images': len(splits.train), 'seed': args.seed, 'epochs': epochs, 'start_img_size': args.start_img_size,
         'recipe': recipe, 'best_epoch': state['epoch'] + 1,
-        'metric': metric, 'validation': state['metric'], 'test': dict(test),
+        'metric': task.create_evaluator().default_metric, 'validation': state['metric'], 'test': dict(test),
         'balance': best.balance if task_name == 'emoreg' else None,
         'experience': experience.source if experience else None,
         'checkpoint': str(out / 'model_best.pth.tar'),

@@ -427,6 +427,28 @@ def test_pruning_leaves_nothing_unused(backbone, balance):
     assert model.balance == 0.0
 
 
+@pytest.mark.parametrize('experience', ['shared', 'separate'])
+def test_heads_that_pruning_kept_fit_once_they_are_new(experience):
+    model = create('resnet10t', experience=experience).eval()
+    width = model.head_hidden_size
+    model.prune_intermediate_layers([3], prune_head=False)
+    model.reset_classifier(5, 'avg')
+    assert model.head_hidden_size < width
+    assert model(images()).shape == (2, 5)
+    for stream in (model.backbone, model.backbone_emo):
+        assert stream is None or stream.head_hidden_size == model.head_hidden_size
+
+
+def test_the_balance_of_a_pruned_model_survives_its_export(tmp_path):
+    model = stir(create(balance=0.3)).eval()
+    model.prune_intermediate_layers([len(model.feature_info) - 1])
+    model.reset_classifier(3, 'avg')
+    save_for_hf(model, tmp_path, safe_serialization=True)
+    again = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
+    assert again.balance == model.balance == 0.0
+    assert_close(again(images()), model(images()))
+
+
 def test_pruning_behind_the_last_feature_keeps_the_heads():
     model = stir(create()).eval()
     want = model(images())

@@ -174,11 +174,12 @@ def test_damaged_rows_are_named(tmp_path):
     for text, message in (('arm,seed\nplain,0\n', 'its first line names no column key'),
                           ('key,arm\na,plain\n', 'its first line names no column model'),
                           (f'{header}\n{"," * header.count(",")}\nb\n',
-                           'row 3 has not as many cells as the first one'),
-                          (f'{header}\n{"," * len(COLUMNS)}\n', 'row 2 has not as many cells as the first one')):
+                           'row 3 does not have as many cells as the first one'),
+                          (f'{header}\n{"," * len(COLUMNS)}\n',
+                           'row 2 does not have as many cells as the first one')):
         path.write_text(text)
         with pytest.raises(StudyError, match=f'results.csv: {message}. Restore it'):
-            study_grid.read_rows(path)
+            study_grid.read_runs(tmp_path, path.name)
 
 
 def test_an_option_cannot_take_what_the_study_decides():

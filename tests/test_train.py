@@ -223,9 +223,9 @@ def test_16_bit_training_resumes_in_its_precision(run, train, tmp_path, folder, 
 
     seen, epoch = [], train.train_epoch
 
-    def stop_after_the_first(number, *args):
-        seen.append(args[6])  # autocast
-        parts = epoch(number, *args)
+    def stop_after_the_first(number, loop, *args):
+        seen.append(loop.autocast)
+        parts = epoch(number, loop, *args)
         if number == 0:
             train.received.append(signal.SIGTERM)
         return parts
@@ -247,20 +247,21 @@ def test_16_bit_training_resumes_in_its_precision(run, train, tmp_path, folder, 
     assert broken['seconds'] > 1000  # those of both attempts
 
 
-@pytest.mark.parametrize(('old', 'attentions'), [(False, [0, 0]), (True, [0, 6])])
+@pytest.mark.parametrize(('old', 'attentions'), [(False, [0, 0]), (True, [0, 12])])
 def test_attention_is_chosen_once_a_stage(run, train, tmp_path, folder, monkeypatch, old, attentions):
     fused, epoch = [], train.train_epoch
 
-    def stop_after_the_first(number, first_step, task, *args):
-        fused.append(len(fused_attentions(task)))
-        parts = epoch(number, first_step, task, *args)
+    def stop_after_the_first(number, loop, *args):
+        fused.append(len(fused_attentions(loop.task)))  # of the averaged model, too
+        parts = epoch(number, loop, *args)
         if number == 0:
             train.received.append(signal.SIGTERM)
         return parts
 
     monkeypatch.setattr(train, 'train_epoch', stop_after_the_first)
     monkeypatch.setattr(train, 'choose_attention', lambda model, device, precision, img_size: 'plain')
-    assert run('--task', 'plain', '--dataset', folder, '--epochs', 2, model='test_vit')[0] == 128 + signal.SIGTERM
+    assert run('--task', 'plain', '--dataset', folder, '--epochs', 2, '--model-ema',
+               model='test_vit')[0] == 128 + signal.SIGTERM
     if old:  # a run from before attention was chosen, which goes on with the fused kernel
         (tmp_path / 'run/plain/choices.json').write_text('{"precision": "float32", "loader": "resident"}')
     monkeypatch.setattr(train, 'choose_attention', lambda *_: pytest.fail('chosen again'))
@@ -427,12 +428,12 @@ def test_weights_that_are_not_finite_are_no_result(run, tmp_path, folder):
 def test_weights_that_are_not_finite_are_not_kept_by_a_stop(run, train, tmp_path, folder, monkeypatch):
     epoch = train.train_epoch
 
-    def diverge(number, first_step, task, *args):
+    def diverge(number, loop, *args):
         def signalled(*_):  # in the very step that spoils them
-            next(task.get_trainable_module().parameters()).data.fill_(float('inf'))
+            next(loop.task.get_trainable_module().parameters()).data.fill_(float('inf'))
             return True
         monkeypatch.setattr(train, 'asked_to_stop', signalled)
-        return epoch(number, first_step, task, *args)
+        return epoch(number, loop, *args)
 
     monkeypatch.setattr(train, 'train_epoch', diverge)
     status, _, err = run('--task', 'plain', '--dataset', folder)

@@ -30,7 +30,7 @@ def test_the_model_and_its_losses_are_those_that_were_asked_for(train, parsed):
     def build(*flags):
         args = parsed('--experience', 'none', '--smoothing', 0.3, *flags)
         model = train.build_model(args, 'emoreg', THREE, untrained_experience())
-        return model, train.build_task(args, 'emoreg', model, THREE, False, torch.device('cpu'), THREE)
+        return model, train.build_task(args, 'emoreg', model, THREE, torch.device('cpu'), THREE)
 
     model, task = build('--no-modulation', '--balance', 0.3, '--balanced-in', 'loss', '--drop', 0.25, '--drop-path',
                         0.5, '--keep-affect', 2)
@@ -45,7 +45,7 @@ def test_the_model_and_its_losses_are_those_that_were_asked_for(train, parsed):
     assert (task.criterion.smoothing, task.affect_criterion.smoothing) == (0.3, 0.3)
     args = parsed('--task', 'affect', '--smoothing', 0.2)
     model = train.build_model(args, 'affect', THREE, None)
-    task = train.build_task(args, 'affect', model, THREE, False, torch.device('cpu'), None)
+    task = train.build_task(args, 'affect', model, THREE, torch.device('cpu'), None)
     assert (model.num_classes, model.num_affect, task.criterion.smoothing) == (0, 3, 0.2)
 
 

@@ -39,7 +39,7 @@ def draw_curves(summary: str | Path, picture: str | Path, metric: str, title: st
     from matplotlib.figure import Figure  # drawn without pyplot: no display, and no state of a caller's is touched
     from matplotlib.ticker import MaxNLocator
 
-    with open(summary, newline='') as file:
+    with open(summary, newline='', encoding='utf-8') as file:
         rows = list(csv.DictReader(file))
     if not rows:
         raise ValueError(f'{summary}: holds no epoch to draw.')

@@ -277,8 +277,10 @@ class EmoReg(nn.Module):
                 With classes but without pooling.
         """
         h = self.backbone.forward_head(x, pre_logits=True)
-        if pre_logits or not self.pooled:
-            if not pre_logits and self.num_classes > 0:
+        if pre_logits:
+            return h
+        if not self.pooled:
+            if self.num_classes > 0:
                 _need_pooling(self.pooled)
             return h
         if self.backbone_emo is not None:
@@ -348,7 +350,8 @@ class EmoReg(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """New heads for another number of classes; backbone, affect response, modulation and balance stay.
 
-        Only a pooling that changes the width of the pooled features also renews the affect response and modulation.
+        Only where the pooled features have another width than before, by their pooling or by pruning, the affect
+        response and modulation are new, too.
 
         Raises:
             ValueError: For classes without pooling, also where it was taken off before and none is named.
@@ -356,11 +359,10 @@ class EmoReg(nn.Module):
         if num_classes > 0 and (global_pool == '' or (global_pool is None and not self.pooled)):
             raise ValueError(f"global_pool='' or pruning leaves no pooled vector for the {num_classes} classes to "
                              'read. Name a pooling, or use num_classes=0.')
-        width = self.head_hidden_size
         self._change_backbones('reset_classifier', num_classes=0,
                                **({} if global_pool is None else {'global_pool': global_pool}))
         self._set_feature_size()
-        if self.head_hidden_size != width or isinstance(self.head_affect, nn.Identity):
+        if getattr(self.head_affect, 'in_features', None) != self.head_hidden_size:
             self._build_affect()
         self.num_classes = num_classes
         self.head = self._new_head(num_classes)
@@ -440,7 +442,10 @@ class EmoReg(nn.Module):
         `forward` then gives the backbone's own features. `reset_classifier` with a pooling builds new heads and a new
         affect response; the balance is 0 until it is set again.
         """
-        indices = self.backbone.prune_intermediate_layers(indices, prune_norm=prune_norm, prune_head=prune_head)
+        cut = {'indices': indices, 'prune_norm': prune_norm, 'prune_head': prune_head}
+        taken = self.backbone.prune_intermediate_layers(**cut)
+        if self.backbone_emo is not None:
+            self.backbone_emo.prune_intermediate_layers(**cut)
         self._set_feature_size()
         if prune_head:
             self.num_classes = 0
@@ -449,7 +454,8 @@ class EmoReg(nn.Module):
             self.modulation = self.backbone_emo = None
             self.experience = 'shared'
             self.pooled = False
-        return indices
+            update_model_args(self, balance=0.0, experience='shared')  # neither is in a tensor that an export has
+        return taken
 
     # -- loading -----------------------------------------------------------------------------------------------
 
@@ -460,8 +466,10 @@ class EmoReg(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _refuse_another_form(self, shapes: dict[str, torch.Size]) -> None:
-        """One error in place of torch's list of all tensors of another shape; missing and unexpected ones are torch's,
-        but for a checkpoint of the plain backbone, which has none of ours, and for one in 8 bits.
+        """Replace torch's list of mismatched tensors by one error.
+
+        Missing and unexpected tensors are left to torch, except in checkpoints of the plain backbone, which have none
+        of ours, and in those in 8 bits.
 
         Raises:
             RuntimeError: As torch does for another shape, whether strict or not.

@@ -32,8 +32,9 @@ class Run:
     def __init__(self, path: Path):
         path = path / 'result.json' if path.is_dir() else path
         try:
-            self.result = json.loads(path.read_text())
-            self.args = json.loads((path.resolve().parent.parent / 'args.json').read_text())
+            self.result = json.loads(path.read_text(encoding='utf-8'))
+            settings = path.resolve().parent.parent / 'args.json'
+            self.args = json.loads(settings.read_text(encoding='utf-8'))
         except (OSError, ValueError) as e:
             raise HubError(f'{path}: no result of a run of train.py with its args.json one folder up ({e}). Give the '
                            'folder of a stage, such as output/RUN/emoreg.') from e

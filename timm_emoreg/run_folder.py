@@ -61,7 +61,7 @@ def read_json(path: Path) -> dict:
         DamagedError: If it cannot be read.
     """
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding='utf-8'))
         if not isinstance(content, dict):
             raise ValueError('no object')
     except ValueError as e:

@@ -57,7 +57,7 @@ from .study_grid import (
     images_seen,
     plan,
     rating_flags,
-    read_rows,
+    read_runs,
     recipe,
     write_rows,
 )
@@ -130,7 +130,7 @@ class Study:
         self.folder, self.script, self.devices, self.jobs, self.threads = folder, script, devices, jobs, threads
         self.starts: list[float] = []  # seconds of each run before it counts its own
         self.data_dir, self.keep_checkpoints, self.ratings = data_dir, keep_checkpoints, ratings or Ratings()
-        self.rows = {name: read_rows(folder / name) for name in ('results.csv', 'stage1.csv')}
+        self.rows = {name: read_runs(folder, name) for name in ('results.csv', 'stage1.csv')}
         self.signals: list[int] = []
         self.digests: dict[str, str] = {}
 

@@ -16,7 +16,8 @@ from .files import replacing
 from .settings import REGULATION
 
 __all__ = ['ARMS', 'COLUMNS', 'OF_THE_DUAL_HEAD', 'RESERVED', 'Arm', 'Ratings', 'Run', 'StudyError', 'data_digests',
-           'images_seen', 'parse_arm', 'plan', 'rating_flags', 'read_rows', 'recipe', 'short_name', 'write_rows']
+           'images_seen', 'parse_arm', 'plan', 'rating_flags', 'read_rows', 'read_runs', 'recipe', 'short_name',
+           'write_rows']
 
 
 class StudyError(ValueError):
@@ -306,31 +307,39 @@ COLUMNS = ('key', 'arm', 'model', 'stimuli', 'target', 'train_images', 'images',
            'flags')
 
 
-def read_rows(path: Path) -> list[dict[str, str]]:
+def read_rows(path: Path, remedy: str = 'Correct or restore it.') -> list[dict[str, str]]:
     """The rows of a csv, none if there is no such file.
 
     Raises:
-        StudyError: If a row has not as many cells as the header, or that of a study's csv lacks a column.
+        StudyError: If a row does not have as many cells as the header; the message ends with the `remedy`.
     """
     if not path.is_file():
         return []
-    with open(path, newline='') as file:
-        reader = csv.DictReader(file)
-        rows = list(reader)
-    again = 'Restore it, or remove it: a finished run whose folder is there gets its row again.'
-    of_runs = path.name in ('results.csv', 'stage1.csv')
-    needed = [name for name in COLUMNS if of_runs and name not in ('attention', 'loader')]  # which older ones lack
-    if rows and (missing := [name for name in needed if name not in rows[0]]):
-        raise StudyError(f'{path}: its first line names no column {missing[0]}. {again}')
+    with open(path, newline='', encoding='utf-8') as file:
+        rows = list(csv.DictReader(file))
     for number, row in enumerate(rows, start=2):
         if None in row or None in row.values():
-            raise StudyError(f'{path}: row {number} has not as many cells as the first one. {again}')
+            raise StudyError(f'{path}: row {number} does not have as many cells as the first one. {remedy}')
+    return rows
+
+
+def read_runs(folder: Path, name: str) -> list[dict[str, str]]:
+    """The finished runs in a study's folder: of ``'results.csv'`` or ``'stage1.csv'``.
+
+    Raises:
+        StudyError: If the csv is damaged or lacks a column.
+    """
+    again = 'Restore it, or remove it: a finished run whose folder is there gets its row again.'
+    rows = read_rows(folder / name, again)
+    needed = [column for column in COLUMNS if column not in ('attention', 'loader')]  # which older ones lack
+    if rows and (missing := [column for column in needed if column not in rows[0]]):
+        raise StudyError(f'{folder / name}: its first line names no column {missing[0]}. {again}')
     return rows
 
 
 def write_rows(path: Path, rows: Iterable[dict], columns: Sequence[str]) -> None:
     """Write a csv."""
-    with replacing(path) as part, open(part, 'w', newline='') as file:
+    with replacing(path) as part, open(part, 'w', newline='', encoding='utf-8') as file:
         writer = csv.DictWriter(file, columns, lineterminator='\n')
         writer.writeheader()
         writer.writerows(rows)

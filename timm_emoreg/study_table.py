@@ -15,7 +15,7 @@ from .data.duplicates import NEAR, copies
 from .drawing import short
 from .files import write_text
 from .paired_tests import Difference, holm, mcnemar, mean_sd, paired_difference
-from .study_grid import ARMS, StudyError, read_rows, short_name, write_rows
+from .study_grid import ARMS, StudyError, read_rows, read_runs, short_name, write_rows
 
 __all__ = ['Comparison', 'Setting', 'compare', 'controls', 'interval', 'make_table', 'markdown', 'read_settings',
            'spread', 'write_table']
@@ -60,7 +60,7 @@ def read_settings(folder: Path, seeds: Sequence[int] | None = None) -> list[Sett
     """
     if not folder.is_dir():
         raise StudyError(f'{folder}: there is no such folder. Give the --output of a study.')
-    rows = [row for row in read_rows(folder / 'results.csv') if seeds is None or int(row['seed']) in seeds]
+    rows = [row for row in read_runs(folder, 'results.csv') if seeds is None or int(row['seed']) in seeds]
     if not rows:
         which = '' if seeds is None else f' with a seed of {", ".join(map(str, seeds))}'
         raise StudyError(f'{folder / "results.csv"}: no finished run{which} yet. Start some: python -m '
@@ -214,7 +214,7 @@ def _stage_1(folder: Path, settings: Sequence[Setting]) -> str:
     """How well each stage 1 answers test stimuli, and the epoch at which it was taken; empty if there was none."""
     seeds = {seed for setting in settings for runs in setting.arms.values() for seed in runs}
     kinds: dict[tuple[str, ...], dict[int, dict[str, str]]] = {}
-    for row in read_rows(folder / 'stage1.csv'):
+    for row in read_runs(folder, 'stage1.csv'):
         if int(row['seed']) in seeds:
             kind = tuple(row[k] for k in ('model', 'stimuli', 'arm', 'epochs', 'metric'))
             kinds.setdefault(kind, {})[int(row['seed'])] = row
@@ -276,7 +276,7 @@ def _computed_otherwise(folder: Path, setting: Setting) -> list[str]:
     precision, with another kernel of attention, or on images augmented by another loader, in stage 2 or in stage 1."""
     seeds = {str(seed) for runs in setting.arms.values() for seed in runs}
     stages = {'': [row for runs in setting.arms.values() for row in runs.values()],
-              ' in stage 1': [row for row in read_rows(folder / 'stage1.csv') if row['seed'] in seeds
+              ' in stage 1': [row for row in read_runs(folder, 'stage1.csv') if row['seed'] in seeds
                               and (row['model'], row['stimuli']) == (setting.model, setting.stimuli)]}
     warnings = []
     for stage, rows in stages.items():

@@ -52,7 +52,7 @@ STIMULI_TERMS = {
     'oasis': Terms(
         'photographs of scenes, objects, animals and people, rated for valence and arousal (OASIS)',
         ('oasis',),
-        'OASIS, Kurdi, Lozano, Banaji 2016, doi 10.3758/s13428-016-0715-3: free to use and modify for research.',
+        'OASIS, Kurdi, Lozano, Banaji 2017, doi 10.3758/s13428-016-0715-3: free to use and modify for research.',
         'other', 'research-use-only-oasis', 'https://doi.org/10.3758/s13428-016-0715-3',
         'The photographs are free for research, so the weight is for research only.'),
     'nemo': Terms(

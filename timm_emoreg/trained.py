@@ -91,7 +91,7 @@ def released_model(name: str) -> Trained:
             repository, _, revision = place.partition('@')
             path = Path(place, 'config.json') if kind == 'local-dir' else Path(
                 hf_hub_download(repository, 'config.json', revision=revision or None))
-            config = json.loads(path.read_text())
+            config = json.loads(path.read_text(encoding='utf-8'))
             plain = timm.is_model(config['architecture']) and config['architecture'] not in (*BACKBONES, 'emoreg')
             names = () if plain else tuple(config['emoreg']['affect_names'])
         except (KeyError, TypeError):  # a model that was exported without them, or no model

@@ -165,8 +165,9 @@ def load_csv(path: str | Path, rating_columns: Sequence[str], rating_scale: tupl
     """Pictures and their ratings from a comma-separated UTF-8 file with a header.
 
     The column ``image``, or else the first one, names the image files, relative to the folder of the csv and inside
-    of it. A column ``split`` with train, validation (or val, valid) or test in every row fixes the parts; of the last
-    two, one that no row names is cut from train, 10 % by a fixed seed. Without it the split is 80 / 10 / 10 %.
+    of it. A column ``split`` with train (or training), validation (val, valid, dev) or test (testing) in every row
+    fixes the parts; of the last two, one that no row names is cut from train, 10 % by a fixed seed. Without the column
+    the split is 80 / 10 / 10 %.
     Other columns are passed over.
 
     Args:
