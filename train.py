@@ -76,7 +76,7 @@ from timm_emoreg.precision import autocast_in, choose_precision, emulates_bfloat
 from timm_emoreg.processes import (
     LaunchError,
     asked_to_stop,
-    first_decides,
+    decided_by_primary,
     join_processes,
     lost_another,
     mean_over_processes,
@@ -85,8 +85,8 @@ from timm_emoreg.run_folder import (
     BusyError,
     DamagedError,
     WriteError,
-    alone_in,
     chosen_once,
+    lock_run,
     make_run,
     read_json,
     remove_empty_run,
@@ -96,7 +96,7 @@ from timm_emoreg.run_folder import (
 from timm_emoreg.settings import SettingsError, backbone_args, batch_of_a_step, complete_settings, shapes_stage_1
 from timm_emoreg.small_image import small_image_form
 from timm_emoreg.task import AffectTask, EmoRegTask
-from timm_emoreg.trainable import CANNOT_BUILD, ModelError, check_takes, check_takes_one, lacks_memory, reason_of
+from timm_emoreg.trainable import BUILD_ERRORS, ModelError, check_takes, check_takes_one, lacks_memory, reason_of
 
 # -- settings ----------------------------------------------------------------------------------------------------------
 
@@ -233,7 +233,7 @@ def target_of(args):
     return fewer_images(splits, args.train_images, args.seed) if args.train_images else splits
 
 
-def weights_survive(args, task: str, splits, experience: Experience | None, resumed: bool) -> bool:
+def needs_pretrained(args, task: str, splits, experience: Experience | None, resumed: bool) -> bool:
     """Whether something is left of the backbone's own weights when a stage begins, or goes on."""
     taught = bool(experience and experience.state_dict)
     if resumed:  # the affect response that is kept close to is in no checkpoint
@@ -244,7 +244,7 @@ def weights_survive(args, task: str, splits, experience: Experience | None, resu
 
 def build_model(args, task: str, splits, experience: Experience | None, resumed: bool = False):
     common = dict(backbone_args(vars(args)), drop_rate=args.drop, drop_path_rate=args.drop_path,
-                  pretrained=args.pretrained_backbone and weights_survive(args, task, splits, experience, resumed))
+                  pretrained=args.pretrained_backbone and needs_pretrained(args, task, splits, experience, resumed))
     if task == 'plain':
         model = create_backbone(args.backbone, num_classes=len(splits.target), **common)
         if experience is not None:
@@ -276,7 +276,7 @@ def checked_model(args, task: str, splits, experience: Experience | None, batch_
             raise
         raise ModelError(f'--pretrained-backbone: the weights of {args.backbone} cannot be had ({reason_of(e)}). Leave '
                          'it out, or try again with a connection.') from e
-    except CANNOT_BUILD as e:
+    except BUILD_ERRORS as e:
         if lacks_memory(e):
             raise
         raise ModelError(f'--model {args.model} cannot be built so: {reason_of(e)}. Change --model-kwargs, --img-size, '
@@ -325,7 +325,7 @@ def choose(args, model, splits, stimuli, device, out: Path) -> dict[str, str]:
             name: choose_kind(len(one.train), size, device, not args.no_aug, args.world_size)
             if args.loader == 'auto' else args.loader for name, one in shown.items()}
 
-    chosen = first_decides(lambda: chosen_once(out / 'choices.json', choices), args)
+    chosen = decided_by_primary(lambda: chosen_once(out / 'choices.json', choices), args)
     if args.amp and args.amp_dtype == 'float16' and chosen['precision'] == 'float32' and device.type == 'cpu':
         say(args, '--amp-dtype float16: is no faster than float32 on this processor, so that is taken')
     return chosen
@@ -397,7 +397,7 @@ class Stop(Exception):
 received: list[int] = []  # signals since the start
 
 
-def heed(number: int, args) -> None:
+def on_signal(number: int, args) -> None:
     """A signal is heeded at the next update; a second one ends a process that is alone at once, with what it wrote.
 
     A launcher sends its own beside the terminal's, so that several are no sign of impatience there.
@@ -716,7 +716,7 @@ def run(args) -> None:
         torch.distributed.barrier()
 
     results = []
-    with alone_in(folder) if is_primary(args) else nullcontext():
+    with lock_run(folder) if is_primary(args) else nullcontext():
         try:
             if stage_1:
                 if args.task != 'affect':
@@ -754,7 +754,7 @@ def last_good(args) -> Path | None:
 def main() -> int:
     args = parse_args()
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: heed(number, args))
+        signal.signal(number, lambda number, frame: on_signal(number, args))
     try:
         run(args)
     except Stop:

@@ -35,11 +35,12 @@ def test_two_functions_are_timed_in_turn_after_one_run_that_is_not_counted():
 
 
 def test_a_row_holds_the_median_of_the_ratios_not_the_ratio_of_the_medians():
-    figure = bench.Figure('a step', 's', [(2, 1), (3, 2), (40, 10), (9, 3)], 'at most 2')
+    figure = bench.Measurement('a step', 's', [(2, 1), (3, 2), (40, 10), (9, 3)], 'at most 2')
     assert figure.row() == ['a step', '2.500', '1.875 to 3.250', '4', '6 s', '2.5 s', 'at most 2']
-    assert bench.Figure('once', 'MB', [(1500, 1000)]).row() == [
+    assert bench.Measurement('once', 'MB', [(1500, 1000)]).row() == [
         'once', '1.500', '1.500 to 1.500', '1', '1,500 MB', '1,000 MB', '']
-    assert bench.Figure('fast', 'images/s', [(215_004.2, 999.94)]).row()[4:6] == ['215,004 images/s', '999.9 images/s']
+    fast = bench.Measurement('fast', 'images/s', [(215_004.2, 999.94)])
+    assert fast.row()[4:6] == ['215,004 images/s', '999.9 images/s']
     assert bench.table([figure]).splitlines()[-1] == (
         '| a step | 2.500 | 1.875 to 3.250 | 4 | 6 s | 2.5 s | at most 2 |')
 
@@ -184,7 +185,7 @@ def test_graphs_that_are_compiled_after_the_first_epoch_are_counted(args, monkey
 
 def test_the_command_prints_and_writes_what_was_measured_and_what_was_not(monkeypatch, tmp_path, capsys):
     def skipped(args):
-        yield bench.Figure('before', 's', [(2.0, 1.0)] * args.rounds)
+        yield bench.Measurement('before', 's', [(2.0, 1.0)] * args.rounds)
         raise bench.Skipped('there is no GPU')
     monkeypatch.setattr(bench, 'BENCHES', {'step': skipped, 'loader': lambda args: iter(['a note'])})
     assert bench.main(['--quick', '--device', 'cpu', '--json', str(tmp_path / 'out.json')]) == 0

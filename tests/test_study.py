@@ -13,9 +13,10 @@ import pytest
 import torch
 from PIL import Image
 
-from timm_emoreg import study, study_grid
-from timm_emoreg.study import Study, hold, main
+from timm_emoreg import study, study_grid, study_runner
+from timm_emoreg.study import main
 from timm_emoreg.study_grid import StudyError, read_rows
+from timm_emoreg.study_runner import Study, lock_study
 
 FAKE = Path(__file__).parent / 'fake_train.py'
 TRAIN = Path(__file__).parents[1] / 'train.py'
@@ -124,7 +125,7 @@ def test_a_stopped_study_goes_on_where_it_was(run, tmp_path, monkeypatch):
         while not (tmp_path / 's/runs' / slow / 'started').exists():
             pass
         try:
-            with hold(tmp_path / 's'):
+            with lock_study(tmp_path / 's'):
                 pass
         except StudyError as e:
             refused.append(str(e))
@@ -147,7 +148,7 @@ def test_a_stopped_study_goes_on_where_it_was(run, tmp_path, monkeypatch):
 
 
 def test_a_study_that_is_running_is_not_started_twice(run, tmp_path):
-    with hold(tmp_path / 's'):
+    with lock_study(tmp_path / 's'):
         status, _, err = run('--arms', 'plain')
     assert status == 2
     assert f'study: {tmp_path / "s"}: process {os.getpid()} runs this study' in err
@@ -161,15 +162,15 @@ def test_a_run_that_was_left_behind_holds_the_lock(tmp_path, monkeypatch):
     first = study.plan(args)[0][0]
     monkeypatch.setenv('FAKE_WAIT', first.key)
     (tmp_path / 's/runs').mkdir(parents=True)
-    with hold(tmp_path / 's') as lock:
+    with lock_study(tmp_path / 's') as lock:
         process = Study(tmp_path / 's', FAKE)._start(first, 0, lock)
         while not (tmp_path / 's/runs' / first.key / 'started').exists():
             assert process.poll() is None
-    with pytest.raises(StudyError, match='a run that it left behind is not finished'), hold(tmp_path / 's'):
+    with pytest.raises(StudyError, match='a run that it left behind is not finished'), lock_study(tmp_path / 's'):
         pass
     process.terminate()
     process.wait()
-    with hold(tmp_path / 's'):
+    with lock_study(tmp_path / 's'):
         pass
 
 
@@ -339,7 +340,7 @@ def test_a_run_with_other_flags_is_no_run_of_this_study(run, tmp_path):
     ('--a', '--a --a', ('', '--a')),
 ])
 def test_what_differs_is_shown_with_its_flag(before, now, shown):
-    assert study._differing(before.split(), now.split()) == shown
+    assert study_runner._differing(before.split(), now.split()) == shown
 
 
 @pytest.fixture
@@ -457,10 +458,10 @@ def test_no_run_is_left_behind_by_an_error(run, tmp_path, monkeypatch):
             pass
         raise OSError(28, 'No space left on device')
 
-    monkeypatch.setattr(study, 'write_rows', full)
+    monkeypatch.setattr(study_runner, 'write_rows', full)
     status, _, err = run('--arms', 'random', 'plain', '--seeds', 0, '--jobs', 2)
     assert (status, 'No space left on device' in err) == (2, True)
-    with hold(tmp_path / 's'):  # nobody else has it
+    with lock_study(tmp_path / 's'):  # nobody else has it
         pass
 
 

@@ -400,11 +400,11 @@ def test_a_second_signal_ends_the_process_at_once(train, monkeypatch):
     monkeypatch.setattr(train, 'received', [])
     monkeypatch.setattr(signal, 'signal', lambda number, handler: raised.append((number, handler)))
     monkeypatch.setattr(signal, 'raise_signal', raised.append)
-    train.heed(signal.SIGINT, argparse.Namespace(distributed=False))
+    train.on_signal(signal.SIGINT, argparse.Namespace(distributed=False))
     assert (train.received, raised) == ([signal.SIGINT], [])
-    train.heed(signal.SIGTERM, argparse.Namespace(distributed=True))  # the launcher's beside the terminal's
+    train.on_signal(signal.SIGTERM, argparse.Namespace(distributed=True))  # the launcher's beside the terminal's
     assert raised == []
-    train.heed(signal.SIGTERM, argparse.Namespace(distributed=False))
+    train.on_signal(signal.SIGTERM, argparse.Namespace(distributed=False))
     assert raised == [(signal.SIGTERM, signal.SIG_DFL), signal.SIGTERM]
 
 
@@ -597,7 +597,7 @@ def test_two_processes_do_not_train_one_run(run, train, tmp_path, folder, monkey
     with monkeypatch.context() as stopping:
         stopping.setattr(train, 'asked_to_stop', lambda args, received: received.append(signal.SIGTERM) or True)
         assert run('--task', 'plain', '--dataset', folder, '--epochs', 1)[0] == 128 + signal.SIGTERM
-    with train.alone_in(tmp_path / 'run'):
+    with train.lock_run(tmp_path / 'run'):
         status, _, err = run('--resume', tmp_path / 'run')
     assert (status, 'run: another process trains this run. Wait for it, or end it.' in err) == (2, True), err
     assert run('--resume', tmp_path / 'run')[0] == 0

@@ -26,7 +26,7 @@ __all__ = ['Classifier', 'backbone_cfg', 'check_backbone', 'check_backbone_name'
 # part of the classifier (LeViT ...) it is found there, and everywhere else it is applied within pre_logits.
 LATE_DROPOUT = ('LCNetV2', 'MultiScaleVit')
 # The cfg entries that tell where weights come from and what they were trained for, not how to feed the model.
-OF_THE_WEIGHTS = ('url', 'file', 'hf_hub_id', 'hf_hub_filename', 'source', 'architecture', 'tag', 'custom_load',
+WEIGHT_CFG_KEYS = ('url', 'file', 'hf_hub_id', 'hf_hub_filename', 'source', 'architecture', 'tag', 'custom_load',
                   'label_offset', 'label_names', 'label_descriptions', 'description', 'origin_url', 'paper_name',
                   'paper_ids', 'notes')
 
@@ -219,7 +219,7 @@ def backbone_cfg(backbone: str | nn.Module, **overrides: Any) -> dict[str, Any]:
         cfg = resolve_model_input_args(backbone)['pretrained_cfg']
     else:
         cfg = getattr(backbone, 'pretrained_cfg', None) or {}
-    cfg = {k: v for k, v in cfg.items() if k not in OF_THE_WEIGHTS}
+    cfg = {k: v for k, v in cfg.items() if k not in WEIGHT_CFG_KEYS}
     return {**cfg, 'first_conv': prefixed(cfg.get('first_conv')), 'classifier': ('head', 'head_emo'), **overrides}
 
 

@@ -38,7 +38,7 @@ from .precision import autocast_in, choose_precision
 from .small_image import LARGEST_SIZE
 from .task import EmoRegTask
 
-__all__ = ['BENCHES', 'Figure', 'Skipped', 'compare', 'main', 'peak_memory', 'table']
+__all__ = ['BENCHES', 'Measurement', 'Skipped', 'compare', 'main', 'peak_memory', 'table']
 
 TRAIN = Path(__file__).parents[1] / 'train.py'  # of a checkout; an installed package has none
 # backbone, size, batch, small-image form
@@ -52,7 +52,7 @@ class Skipped(Exception):
 
 
 @dataclass(frozen=True)
-class Figure:
+class Measurement:
     """What was measured, ours and timm's in turn.
 
     Args:
@@ -76,7 +76,7 @@ class Figure:
         return [self.name, f'{middle:.3f}', f'{low:.3f} to {high:.3f}', str(len(ratios)), *sides, self.goal]
 
 
-def table(figures: Iterable[Figure]) -> str:
+def table(figures: Iterable[Measurement]) -> str:
     """A markdown table: the ratio to timm as median and middle half of the rounds, medians of both sides."""
     rows = [['what', 'ratio', 'middle half', 'n', 'timm_emoreg', 'timm', 'goal'], ['---'] * 7,
             *(figure.row() for figure in figures)]
@@ -178,27 +178,27 @@ def train_anew(emoreg: bool, form: tuple, at: tuple) -> None:
     run()  # with the optimizer's state
 
 
-def step(args: argparse.Namespace) -> Iterator[Figure]:
+def step(args: argparse.Namespace) -> Iterator[Measurement]:
     """The dual head beside the plain model: training step, second stream, memory, folded inference."""
     for backbone, size, batch, small in NETS[args.device.type]:
         form, at, title = (backbone, size, small), (size, batch, args), f'{backbone}, {size} px, batch {batch}'
         plain = training(build(False, *form), *at)
-        yield Figure(f'training step: {title}', 's', compare(training(build(True, *form), *at), plain, args.rounds),
-                     'at most 1.02')
+        yield Measurement(f'training step: {title}', 's',
+                          compare(training(build(True, *form), *at), plain, args.rounds), 'at most 1.02')
         separate = training(build(True, *form, experience='separate'), *at)
-        yield Figure(f'training step, separate experience: {title}', 's', compare(separate, plain, args.rounds),
+        yield Measurement(f'training step, separate experience: {title}', 's', compare(separate, plain, args.rounds),
                      'at most 1.4')
         peaks = [peak_memory(partial(train_anew, emoreg, form, at), args.device) / 1e6 for emoreg in (True, False)]
-        yield Figure(f'peak memory of training: {title}', 'MB', [tuple(peaks)], 'at most 1.02')
+        yield Measurement(f'peak memory of training: {title}', 'MB', [tuple(peaks)], 'at most 1.02')
         folded = fold(build(True, *form, modulation=False))
-        yield Figure(f'inference, folded: {title}', 's',
+        yield Measurement(f'inference, folded: {title}', 's',
                      compare(inference(folded, *at), inference(build(False, *form), *at), args.rounds), '1.00')
 
 
 # -- loader ------------------------------------------------------------------------------------------------------------
 
 
-def loader(args: argparse.Namespace) -> Iterator[Figure]:
+def loader(args: argparse.Namespace) -> Iterator[Measurement]:
     """The resident loader beside timm's over random 32-px images, both with flip and a random crop.
 
     timm's crop resizes a part of the image, ours shifts the whole of it.
@@ -231,20 +231,20 @@ def loader(args: argparse.Namespace) -> Iterator[Figure]:
             pairs = compare(through(resident), through(theirs), args.rounds)
         finally:
             torch.set_num_threads(threads)
-        yield Figure(f'loader, 32 px: {what}', 'images/s', [(len(images) / a, len(images) / b) for a, b in pairs],
+        yield Measurement(f'loader, 32 px: {what}', 'images/s', [(len(images) / a, len(images) / b) for a, b in pairs],
                      'at least 20' if workers == 0 else '')
     if args.device.type == 'cuda':
         net = ('resnet18', 32, True)
         fed = training(build(False, *net), 32, batch, args, batches=resident)
         alone = training(build(False, *net), 32, batch, args, batches=[next(iter(resident))] * len(resident))
-        yield Figure('training steps, resnet18, 32 px: with the resident loader over without', 's',
+        yield Measurement('training steps, resnet18, 32 px: with the resident loader over without', 's',
                      compare(fed, alone, args.rounds), 'at most 1.03')
 
 
 # -- muon --------------------------------------------------------------------------------------------------------------
 
 
-def muon(args: argparse.Namespace) -> Iterator[Figure]:
+def muon(args: argparse.Namespace) -> Iterator[Measurement]:
     """An update of Muon in float32, as train.py has it on some processors, beside timm's; both with its defaults."""
     if args.device.type != 'cpu' or args.precision != 'float32':
         raise Skipped(f'on {args.device} in {args.precision} train.py uses it as it is')
@@ -258,14 +258,14 @@ def muon(args: argparse.Namespace) -> Iterator[Figure]:
             if ours:
                 orthogonalize_in_float32(optimizer)
             updates.append(optimizer.step)
-        yield Figure(f'update of Muon without 16-bit instructions: {backbone}', 's', compare(*updates, args.runs),
+        yield Measurement(f'update of Muon without 16-bit instructions: {backbone}', 's', compare(*updates, args.runs),
                      'at most 1')
 
 
 # -- attention ---------------------------------------------------------------------------------------------------------
 
 
-def attention(args: argparse.Namespace) -> Iterator[Figure]:
+def attention(args: argparse.Namespace) -> Iterator[Measurement]:
     """A training step with the plain attention that train.py may choose, beside timm's fused one."""
     found = False
     for backbone, size, batch, small in NETS[args.device.type]:
@@ -275,7 +275,7 @@ def attention(args: argparse.Namespace) -> Iterator[Figure]:
         found = True
         use_plain_attention(plain)
         calls = [training(model, size, batch, args) for model in (plain, fused)]
-        yield Figure(f'training step, plain attention: {backbone}, {size} px, batch {batch}', 's',
+        yield Measurement(f'training step, plain attention: {backbone}, {size} px, batch {batch}', 's',
                      compare(*calls, args.rounds), 'at most 1')
     if not found:
         raise Skipped(f'on {args.device} in {args.precision} train.py uses attention as timm has it')
@@ -342,7 +342,7 @@ def both_scripts(args: argparse.Namespace, folder: Path) -> tuple[list[str], lis
     return ours, theirs
 
 
-def train(args: argparse.Namespace) -> Iterator[Figure]:
+def train(args: argparse.Namespace) -> Iterator[Measurement]:
     """train.py beside timm's, three epochs each; the first one, with what it sets up, is not counted.
 
     Both train on five sixths of the images of an epoch and evaluate the rest.
@@ -357,12 +357,12 @@ def train(args: argparse.Namespace) -> Iterator[Figure]:
                 if len(ends) != 3:
                     raise Skipped(f'{command[1]} printed {len(ends)} lines {end!r}, expected 3')
                 sides.append(images / (ends[2] - ends[0]) * 2)
-    yield Figure('train.py, images trained on and evaluated: resnet18, stock stem, CIFAR-10, 32 px', 'images/s',
+    yield Measurement('train.py, images trained on and evaluated: resnet18, stock stem, CIFAR-10, 32 px', 'images/s',
                  list(zip(sides[::2], sides[1::2], strict=True)),
                  f'at least {3 if args.device.type == "cuda" else 1.5}')
 
 
-def startup(args: argparse.Namespace) -> Iterator[Figure]:
+def startup(args: argparse.Namespace) -> Iterator[Measurement]:
     """Seconds from the start of train.py, and of timm's, to the first batch."""
     sides = []
     with tempfile.TemporaryDirectory() as folder:
@@ -372,26 +372,26 @@ def startup(args: argparse.Namespace) -> Iterator[Figure]:
                 seconds, line = output([*command, '--experiment', f'{number}-{first[0]}'], until=first)[-1]
                 # timm's line comes after the first batch, and tells what that took
                 sides.append(seconds - sum(map(float, re.match(first, line).groups())))
-    yield Figure('train.py, from its start to the first batch: resnet18, stock stem, CIFAR-10, 32 px', 's',
+    yield Measurement('train.py, from its start to the first batch: resnet18, stock stem, CIFAR-10, 32 px', 's',
                  list(zip(sides[::2], sides[1::2], strict=True))[1:], 'at most 1')  # the first ones fill the caches
 
 
-def import_(args: argparse.Namespace) -> Iterator[Figure]:
+def import_(args: argparse.Namespace) -> Iterator[Measurement]:
     """What importing this package adds, in fresh interpreters."""
     code = ('import time; a = time.perf_counter(); import timm; b = time.perf_counter(); import timm_emoreg; '
             'print(time.perf_counter() - a, b - a)')
     # the first one also reads the files from the disk
     seconds = [output([sys.executable, '-c', code])[-1][1].split() for _ in range(args.rounds + 1)][1:]
-    yield Figure('import of timm and timm_emoreg over timm', 's', [(float(a), float(b)) for a, b in seconds],
+    yield Measurement('import of timm and timm_emoreg over timm', 's', [(float(a), float(b)) for a, b in seconds],
                  '0.15 s more')
 
 
-def compile_(args: argparse.Namespace) -> Iterator[Figure | str]:
+def compile_(args: argparse.Namespace) -> Iterator[Measurement | str]:
     """The compiled task beside timm's, each in one graph, and whether train.py compiles anything too late."""
     for backbone, size, batch, small in NETS[args.device.type]:
         calls = (training(build(emoreg, backbone, size, small), size, batch, args, compiled=True)
                  for emoreg in (True, False))
-        yield Figure(f'compiled training step: {backbone}, {size} px, batch {batch}', 's',
+        yield Measurement(f'compiled training step: {backbone}, {size} px, batch {batch}', 's',
                      compare(*calls, args.rounds), 'at most 1.02')
     if not TRAIN.is_file():
         raise Skipped(f'{TRAIN} is not there; run it in a checkout of the project')
@@ -454,7 +454,7 @@ def main(argv: list[str] | None = None) -> int:
     for name in args.names or BENCHES:
         try:
             for found in BENCHES[name](args):
-                (figures if isinstance(found, Figure) else notes).append(found)
+                (figures if isinstance(found, Measurement) else notes).append(found)
                 print(f'measured: {getattr(found, "name", found)}', file=sys.stderr)
         except Skipped as e:
             notes.append(f'{name}: skipped, {e}.')

@@ -6,7 +6,7 @@ from typing import Any
 from timm.models import generate_default_cfgs, register_model
 
 from .emoreg import EmoReg, backbone_cfg
-from .weights import create
+from .factory import create
 from .zoo import registry_cfgs
 
 __all__: list[str] = []

@@ -21,13 +21,20 @@ from .data import DataError, Splits, Target
 from .small_image import DEFAULT_SIZE, LARGEST_SIZE
 from .weights import WeightError
 
-__all__ = ['STIMULI_SETTINGS', 'Experience', 'find_experience', 'load_backbone', 'of_the_form', 'released_experience',
-           'untrained_experience']
+__all__ = [
+    'STIMULI_SETTINGS',
+    'Experience',
+    'find_experience',
+    'load_backbone',
+    'released_experience',
+    'untrained_experience',
+    'without_drop_rates',
+]
 
 STIMULI_SETTINGS = ('stimuli', 'stimuli_labels', 'rating_columns', 'rating_scale')
 
 
-def of_the_form(model_kwargs: dict[str, Any]) -> dict[str, Any]:
+def without_drop_rates(model_kwargs: dict[str, Any]) -> dict[str, Any]:
     """A backbone's arguments but for what is dropped (units, patches, layers): that is so in training only."""
     return {k: v for k, v in model_kwargs.items() if not ('drop' in k and k.endswith('_rate'))}
 
@@ -85,7 +92,7 @@ class Experience:
             raise CheckpointError(f'{self.source}: was trained with {forms[0]}, and this run has {forms[1]}, given or '
                                   f'by the size of its images. {remedy}.')
         if self.model_kwargs is not None:
-            theirs, ours = (json.dumps(of_the_form(kwargs), sort_keys=True)
+            theirs, ours = (json.dumps(without_drop_rates(kwargs), sort_keys=True)
                             for kwargs in (self.model_kwargs, model_kwargs))
             if theirs != ours:
                 raise CheckpointError(f'{self.source}: was trained with the --model-kwargs {theirs}, and this run has '

@@ -10,7 +10,7 @@ from typing import Any
 import timm_emoreg
 
 from .settings import LABELS_OF_STAGE_1, REGULATION
-from .train_script import parser_of
+from .train_script import load_parse_args
 
 __all__ = ['ROOT', 'HubError', 'Run', 'check_baseline', 'check_same_recipe', 'recipe_of', 'summary_of']
 
@@ -55,7 +55,7 @@ class Run:
 
 def _settings_of(*command: str) -> dict[str, Any]:
     """What train.py makes of a command line."""
-    return vars(parser_of(ROOT / 'train.py')(list(command)))
+    return vars(load_parse_args(ROOT / 'train.py')(list(command)))
 
 
 def _different(one: Run, other: Run, aside: tuple[str, ...] = ()) -> str:

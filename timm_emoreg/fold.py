@@ -6,14 +6,14 @@ from timm.models.resnet import ResNet
 from timm.utils import unwrap_model
 from torch import nn
 
-from .backbone import OF_THE_WEIGHTS, put_classifier
+from .backbone import WEIGHT_CFG_KEYS, put_classifier
 from .emoreg import EmoReg
 from .regulation import regulate
 
 __all__ = ['FoldError', 'fold']
 
 # what a pretrained cfg says of the images that a model was made for, and of its answers
-OF_THE_IMAGES = ('input_size', 'pool_size', 'fixed_input_size', 'crop_pct', 'crop_mode', 'test_input_size',
+IMAGE_CFG_KEYS = ('input_size', 'pool_size', 'fixed_input_size', 'crop_pct', 'crop_mode', 'test_input_size',
                  'test_crop_pct', 'interpolation', 'mean', 'std', 'label_names', 'label_descriptions')
 
 
@@ -67,9 +67,9 @@ def fold(model: EmoReg) -> nn.Module:
 def _described(plain: nn.Module, model: EmoReg) -> nn.Module:
     """What an export of the plain model says of it: how to build and feed it, not which weights it came from."""
     kept = {k: v for k, v in getattr(plain, 'pretrained_cfg', {}).items()
-            if k == 'architecture' or k not in OF_THE_WEIGHTS}
+            if k == 'architecture' or k not in WEIGHT_CFG_KEYS}
     ours = getattr(model, 'pretrained_cfg', None) or {}
-    kept |= {k: ours[k] for k in OF_THE_IMAGES if k in ours}
+    kept |= {k: ours[k] for k in IMAGE_CFG_KEYS if k in ours}
     plain.pretrained_cfg = plain.default_cfg = dict(kept, num_classes=plain.num_classes)
     if model.small_image and isinstance(plain, ResNet):
         # A stem with another stride has tensors of the same shapes; timm refuses this argument, as it should.

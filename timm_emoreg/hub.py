@@ -29,7 +29,7 @@ from .checkpoint import CheckpointError
 from .data import DataError
 from .finished_runs import ROOT, HubError
 from .marks import write_between_marks
-from .release import ORGANISATION, Home, build, config_text
+from .release import ORGANISATION, Checkout, build, config_text
 from .terms import licence_terms
 from .weights import WeightError, check_file, layout_of
 from .zoo import HUB_FILE, Weight, read_records
@@ -52,7 +52,7 @@ def check(name: str, home: Path = ROOT, run: bool = True) -> list[str]:
         home: The checkout.
         run: Run the snippets, where the file is here: the embedded one, or the folder's in place of the Hub's.
     """
-    place = Home(home)
+    place = Checkout(home)
     weight = place.find(name)
     problems = []
     folder, file = place.cards / name, place.file(weight)
@@ -122,7 +122,7 @@ def publish(name: str, home: Path = ROOT, push: bool = False, organisation: str 
     Raises:
         HubError: If the weight must not be published, or does not come back as it was sent.
     """
-    place = Home(home)
+    place = Checkout(home)
     weight = place.find(name)
     if organisation is not None:
         weight = replace(weight, hub_id=f'{organisation}/{name}',
@@ -222,7 +222,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _table(args: argparse.Namespace) -> None:
-    table = make_table(read_records(Home(args.home).records))
+    table = make_table(read_records(Checkout(args.home).records))
     if args.write is None:
         print(table)
         return
@@ -240,12 +240,12 @@ def main(argv: list[str] | None = None) -> int:
             print(f'{weight.name}: {weight.size:,} bytes, sha256 {weight.sha256}, seed {weight.seeds[0]} of '
                   f'{len(weight.seeds)}; {weight.precision} moves an output by at most '
                   f'{rounded_up(weight.logit_difference)}; '
-                  + (f'{eight_bit_cost(weight)} ' if weight.eight_bits else '') + f'{Home(args.home).file(weight)}')
+                  + (f'{eight_bit_cost(weight)} ' if weight.eight_bits else '') + f'{Checkout(args.home).file(weight)}')
             return 0
         if args.command == 'table':
             _table(args)
             return 0
-        place = Home(args.home)
+        place = Checkout(args.home)
         known = list(read_records(place.records))
         if bool(args.names) == args.all:
             parser.error('give the names of weights, or --all')

@@ -11,7 +11,8 @@ from timm.utils import init_distributed_device, is_primary, reduce_tensor
 from timm.utils.distributed import is_distributed_env
 from torch import Tensor
 
-__all__ = ['LaunchError', 'asked_to_stop', 'first_decides', 'join_processes', 'lost_another', 'mean_over_processes']
+__all__ = ['LaunchError', 'asked_to_stop', 'decided_by_primary', 'join_processes', 'lost_another',
+           'mean_over_processes']
 
 
 class LaunchError(ValueError):
@@ -34,11 +35,12 @@ def join_processes(args: Namespace) -> torch.device:
     except (AssertionError, RuntimeError) as e:
         raise LaunchError(f'--device {args.device}: torch cannot compute there ({str(e).splitlines()[0]}). Choose '
                           'another one, or install a torch for it.') from e
-    args.experiment = first_decides(lambda: args.experiment, args)  # may hold the second in which a process started
+    # it may hold the second in which a process started
+    args.experiment = decided_by_primary(lambda: args.experiment, args)
     return device
 
 
-def first_decides(decide: Callable[[], Any], args: Namespace) -> Any:
+def decided_by_primary(decide: Callable[[], Any], args: Namespace) -> Any:
     """What the first process decides, for all of them.
 
     Args:

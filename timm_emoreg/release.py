@@ -26,7 +26,7 @@ from .checkpoint import judged_state, load_training_checkpoint
 from .commit import project_commit
 from .data import STIMULI, TARGETS, ImageSet, Target, load_target
 from .eight_bit import from_eight_bits, to_eight_bits
-from .experience import find_experience, of_the_form
+from .experience import find_experience, without_drop_rates
 from .files import replacing
 from .finished_runs import ROOT, HubError, Run, check_baseline, check_same_recipe, recipe_of, summary_of
 from .settings import backbone_args
@@ -35,13 +35,13 @@ from .terms import licence_terms
 from .trained import Trained
 from .zoo import HUB_FILE, Weight, read_records, write_records
 
-__all__ = ['ORGANISATION', 'Home', 'build', 'config_text', 'sha256_of']
+__all__ = ['ORGANISATION', 'Checkout', 'build', 'config_text', 'sha256_of']
 
 ORGANISATION = 'timm-emoreg'
 OF_YOURS = 'For a weight of yours see timm.models.save_for_hf in hub_cards/WALK.md.'
 
 
-class Home:
+class Checkout:
     """Where records, cards and files lie in a checkout of the project."""
 
     def __init__(self, root: Path):
@@ -132,7 +132,7 @@ def _known_stimuli(args: dict[str, Any]) -> tuple[str, str]:
     return stimuli, args['stimuli_labels'] or STIMULI[stimuli][0]
 
 
-def _released_state(weight: Weight, place: Home) -> dict[str, Tensor]:
+def _released_state(weight: Weight, place: Checkout) -> dict[str, Tensor]:
     file = place.file(weight)
     if file.is_file() and sha256_of(file) == weight.sha256:
         return load_file(file)
@@ -149,7 +149,7 @@ def _origin_of_stage_1(run: Run) -> Origin:
     return Origin(*_known_stimuli(run.args), answers.names, answers.affect_kind, base)
 
 
-def _origin_of_stage_2(run: Run, experience: str | None, place: Home) -> Origin:
+def _origin_of_stage_2(run: Run, experience: str | None, place: Checkout) -> Origin:
     if run.result['experience'] == 'none':
         raise HubError(f'{run.path}: was trained with --experience none, so it is a control of the study and no weight '
                        'to release. Train it from a released stage 1.')
@@ -190,7 +190,7 @@ def _form(run: Run, kind: str, num_affect: int) -> dict[str, Any]:
             'balance': args['balance'] if stage_2 else own['balance'],
             'modulation': args['modulation'] if stage_2 else own['modulation'],
             'experience': 'separate' if stage_2 and args['separate_experience'] else own['experience'],
-            **backbone_args({**args, 'model_kwargs': of_the_form(args['model_kwargs'])})}
+            **backbone_args({**args, 'model_kwargs': without_drop_rates(args['model_kwargs'])})}
 
 
 def _half(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -308,7 +308,7 @@ def build(name: str, results: list[Path], plain: list[Path] = (), home: Path = R
         CheckpointError: If the checkpoint cannot be read.
         ValueError: If the terms of its data allow no licence.
     """
-    place = Home(home)
+    place = Checkout(home)
     runs, others = _comparable(results, plain)
     best = runs[0]
     if best.result['task'] == 'emoreg':

@@ -13,10 +13,20 @@ from pathlib import Path
 from timm.utils.summary import trim_summary
 
 from .files import replacing, write_text
-from .trainable import OF_THE_DEVICE
+from .trainable import DEVICE_ERRORS
 
-__all__ = ['BusyError', 'DamagedError', 'WriteError', 'alone_in', 'chosen_once', 'make_run', 'read_json',
-           'remove_empty_run', 'trim', 'writing']
+__all__ = [
+    'BusyError',
+    'DamagedError',
+    'WriteError',
+    'chosen_once',
+    'lock_run',
+    'make_run',
+    'read_json',
+    'remove_empty_run',
+    'trim',
+    'writing',
+]
 
 
 class WriteError(OSError):
@@ -71,7 +81,7 @@ def read_json(path: Path) -> dict:
 
 
 @contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
+def lock_run(folder: Path) -> Iterator[None]:
     """Keep other processes out of a run's folder, by a lock on its settings that ends with the process.
 
     Raises:
@@ -93,7 +103,7 @@ def writing(folder: str | Path) -> Iterator[None]:
     """One kind of error, which names the folder, for all that can fail while files are written."""
     try:
         yield
-    except OF_THE_DEVICE:
+    except DEVICE_ERRORS:
         raise
     except (OSError, RuntimeError) as e:  # torch.save raises RuntimeError where the disk is full
         raise WriteError(f'{folder}: cannot be written ({str(e).splitlines()[0]}). Make room or make it writable, or '

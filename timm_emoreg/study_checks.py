@@ -15,8 +15,8 @@ from .data import STIMULI, TARGETS, DataError, load_target, stimuli_parts
 from .data.choices import unknown_choice
 from .data.controls import fewer_images
 from .settings import SettingsError, check_tag
-from .study_grid import OF_THE_DUAL_HEAD, RESERVED, Run, StudyError
-from .train_script import parser_of
+from .study_grid import DUAL_HEAD_FLAGS, RESERVED, Run, StudyError
+from .train_script import load_parse_args
 
 __all__ = ['check_flags', 'check_names', 'check_train_images']
 
@@ -60,7 +60,7 @@ def check_names(args: argparse.Namespace) -> None:
         name = flag[2:].split('=')[0] if flag.startswith('--') else ''
         if name in RESERVED:
             raise StudyError(f"{flag}: is set by the study. Use the study's own option for that, before the '--'.")
-        if name in OF_THE_DUAL_HEAD:
+        if name in DUAL_HEAD_FLAGS:
             raise StudyError(f'{flag}: is not for every arm, as it needs the dual head. Give it to arms, such as '
                              'regulated:rehearsal=1 and its controls.')
     if not args.train_script.is_file():
@@ -95,7 +95,7 @@ def check_flags(runs: Iterable[Run], script: Path, device: str) -> None:
     Raises:
         StudyError: If it refuses one.
     """
-    parse_args = parser_of(script)
+    parse_args = load_parse_args(script)
     if parse_args is None:
         raise StudyError(f'--train-script {script}: has no parse_args to check the flags by. Give train.py, or a '
                          'script that has the same.')

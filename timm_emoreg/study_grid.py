@@ -15,7 +15,7 @@ from .data.duplicates import check_unseen
 from .files import replacing
 from .settings import REGULATION
 
-__all__ = ['ARMS', 'COLUMNS', 'OF_THE_DUAL_HEAD', 'RESERVED', 'Arm', 'Ratings', 'Run', 'StudyError', 'data_digests',
+__all__ = ['ARMS', 'COLUMNS', 'DUAL_HEAD_FLAGS', 'RESERVED', 'Arm', 'Ratings', 'Run', 'StudyError', 'data_digests',
            'images_seen', 'parse_arm', 'plan', 'rating_flags', 'read_rows', 'read_runs', 'recipe', 'short_name',
            'write_rows']
 
@@ -47,7 +47,7 @@ METHOD = {
 }
 CONTENT = {'emoji': 'group', 'oasis': 'category', 'nemo': 'speaker'}  # labels that are no emotions
 # flags of the arms that have the dual head
-OF_THE_DUAL_HEAD = ('rehearsal', 'no-modulation', *(name.replace('_', '-') for name in REGULATION))
+DUAL_HEAD_FLAGS = ('rehearsal', 'no-modulation', *(name.replace('_', '-') for name in REGULATION))
 # what the study itself decides for each run
 RESERVED = ('model', 'task', 'seed', 'dataset', 'train-images', 'epochs', 'affect-epochs', 'experience', 'stimuli',
             'stimuli-labels', 'shuffle-stimuli-labels', 'rating-columns', 'rating-scale', 'data-dir', 'device',
@@ -95,7 +95,7 @@ def parse_arm(name: str) -> Arm:
         if equals and flag and value:
             if flag in RESERVED:
                 raise StudyError(f'arm {name!r}: --{flag} is set by the study. Use its own option for that.')
-            if flag in OF_THE_DUAL_HEAD and task == 'plain':
+            if flag in DUAL_HEAD_FLAGS and task == 'plain':
                 raise StudyError(f'arm {name!r}: {flag} needs the dual head. Use regulated:{option}, or its controls.')
             given = (f'--{flag}', value)
         elif option in METHOD and task == 'emoreg':

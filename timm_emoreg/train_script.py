@@ -8,10 +8,10 @@ from collections.abc import Callable
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 
-__all__ = ['parser_of']
+__all__ = ['load_parse_args']
 
 
-def parser_of(script: Path) -> Callable[[list[str]], Namespace] | None:
+def load_parse_args(script: Path) -> Callable[[list[str]], Namespace] | None:
     """The `parse_args` of train.py, which is no part of the package, or of a script in its place; None if it has none.
     """
     spec = importlib.util.spec_from_loader('emoreg_train', SourceFileLoader('emoreg_train', str(script)))

@@ -6,14 +6,14 @@ from copy import deepcopy
 import torch
 from torch import nn
 
-__all__ = ['CANNOT_BUILD', 'OF_THE_DEVICE', 'ModelError', 'check_takes', 'check_takes_one', 'lacks_memory', 'reason_of']
+__all__ = ['BUILD_ERRORS', 'DEVICE_ERRORS', 'ModelError', 'check_takes', 'check_takes_one', 'lacks_memory', 'reason_of']
 
 
 # what timm's families raise for arguments and image sizes that they do not take
-CANNOT_BUILD = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+BUILD_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 # what is no fault of the settings that are tried; both are RuntimeErrors
-OF_THE_DEVICE = (torch.AcceleratorError, torch.OutOfMemoryError)
+DEVICE_ERRORS = (torch.AcceleratorError, torch.OutOfMemoryError)
 
 
 def lacks_memory(error: Exception) -> bool:
@@ -46,9 +46,9 @@ def check_takes(model: nn.Module, name: str, flag: str, size: int, device: torch
     """
     try:
         model.eval()(torch.zeros(1, 3, size, size, device=device))
-    except OF_THE_DEVICE:
+    except DEVICE_ERRORS:
         raise
-    except CANNOT_BUILD as e:
+    except BUILD_ERRORS as e:
         if lacks_memory(e):
             raise
         raise ModelError(f'{flag} {size}: {name} takes no images of that size ({reason_of(e)}). Use a larger one, or '

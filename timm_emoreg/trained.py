@@ -14,13 +14,13 @@ from timm.data import resolve_model_data_config
 from torch import nn
 
 from . import BACKBONES, EmoReg, zoo
-from .backbone import OF_THE_WEIGHTS, create_backbone
+from .backbone import WEIGHT_CFG_KEYS, create_backbone
 from .checkpoint import CheckpointError, judged_state, load_training_checkpoint
 from .data import DataError, Target
 from .data.choices import unknown_choice
 from .experience import Experience, find_experience
 from .settings import backbone_args
-from .trainable import CANNOT_BUILD, reason_of
+from .trainable import BUILD_ERRORS, reason_of
 
 __all__ = ['Trained', 'need_affect', 'released_model', 'some', 'trained_model']
 
@@ -111,7 +111,7 @@ def released_model(name: str) -> Trained:
     try:
         model = timm.create_model(name, pretrained=True)
         labels = tuple(model.pretrained_cfg.get('label_names') or ())
-    except (*CANNOT_BUILD, EOFError, OSError, SafetensorError) as e:
+    except (*BUILD_ERRORS, EOFError, OSError, SafetensorError) as e:
         if not colon:
             raise
         if plain:  # in a form that timm's own model has no argument for, such as small_image
@@ -222,7 +222,7 @@ def trained_model(where: str | Path, experience: str | None = None) -> Trained:
 
 def _plain_model(where: str | Path, path: Path, args: dict[str, Any], state: dict[str, Any]) -> Trained:
     model = create_backbone(args['backbone'], num_classes=len(args.get('label_names', ())), **backbone_args(args))
-    described = {k: v for k, v in model.pretrained_cfg.items() if k == 'architecture' or k not in OF_THE_WEIGHTS}
+    described = {k: v for k, v in model.pretrained_cfg.items() if k == 'architecture' or k not in WEIGHT_CFG_KEYS}
     model.pretrained_cfg = model.default_cfg = described
     return _loaded(where, path, args, state, model, ())
 
