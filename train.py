@@ -160,7 +160,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     group = parser.add_argument_group('recipe')
     group.add_argument('--epochs', type=at_least(1), default=8)
-    group.add_argument('--val-interval', type=at_least(1), default=1, help='epochs a validation; the last has one')
+    group.add_argument('--val-interval', type=at_least(1), default=1, metavar='N',
+                       help='validate every N epochs, and after the last one')
     group.add_argument('--opt', type=str.lower,
                        help='any of timm, for both stages (default: adamw for stage 1, muon for stage 2)')
     group.add_argument('--opt-kwargs', nargs='*', default={}, action=NamedValues,
@@ -203,7 +204,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument('--output', type=Path, default=Path('output'))
     group.add_argument('--experiment', help='name of the folder in --output (default: date, model and data set)')
     group.add_argument('--resume', type=Path, metavar='RUN', help='output folder to continue, settings included')
-    group.add_argument('--log-interval', type=at_least(1), default=50, help='steps between looks at the loss')
+    group.add_argument('--log-interval', type=at_least(1), default=50, metavar='N',
+                       help='look at the loss every N steps on a GPU; a CPU looks at each')
     args = parser.parse_args(argv)
     # what is on the command line: a default is only set where there is nothing yet
     given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), parser))))

@@ -34,7 +34,7 @@ def test_linter_finds_wrong_metadata(make_record, change, words):
 
 
 @pytest.mark.parametrize(('old', 'new', 'words'), [
-    ('license: other\n', 'license: other\nlicense: mit\n', "the key 'license' stands twice"),
+    ('license: other\n', 'license: other\nlicense: mit\n', "the key 'license' appears twice"),
     ('value: 0.5', 'value: 0.51', 'not those of the record'),
     ('value: 0.5', 'value: .nan', 'not a finite number'),
     ('value: 0.5', 'value: high', 'not a finite number'),

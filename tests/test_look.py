@@ -162,7 +162,7 @@ def test_a_set_is_drawn(tmp_path, figures, names, kind, classes, balance):
     if classes:
         changed = (answers.non_emotional.argmax(1) != answers.regulated.argmax(1)).sum()
         assert changed == 0 if balance == 0 else changed > 0
-        assert f'y answers otherwise than z: {changed} of 40' in texts
+        assert f'y and z disagree: {changed} of 40' in texts
         assert any(text.startswith(f'balance r, {"a gate" if balance == "gate" else trained.model.regulation.kind}')
                    for text in texts)
 
@@ -240,7 +240,7 @@ def test_a_model_of_other_classes_is_refused(tmp_path, classifier, capsys):
     (['--model', WEIGHT], 'Give either images, or --dataset with the name of one set.'),
     (['PICTURE', '--dataset', 'emoji', '--model', WEIGHT], 'Give either images, or --dataset'),
     (['nowhere.png', '--model', WEIGHT], 'nowhere.png: there is no such image. Correct the path.'),
-    (['FOLDER', '--model', WEIGHT], 'is a folder. Give its images, or a set with a folder a class by --dataset.'),
+    (['FOLDER', '--model', WEIGHT], 'is a folder. Give its images, or a set with a folder per class by --dataset.'),
     (['TEXT', '--model', WEIGHT], 'notes.txt: is not an image that can be read.'),
     (['PICTURE', '--model', 'emoreg_vit_tiny.emojy'], "Did you mean 'emoreg_vit_tiny.emoji'?"),
     (['PICTURE', '--model', 'resnet18'], 'resnet18 has no affect response'),

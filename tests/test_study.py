@@ -288,7 +288,7 @@ def test_a_script_without_a_parser_is_refused(run, tmp_path):
 def test_more_images_than_there_are_is_refused_before_the_first_run(run, colours, tmp_path):
     status, _, err = run('--targets', colours, '--train-images', '40', '4000', '--seeds', 0)
     assert (status, err) == (2, f'study: {colours.name}: 4,000 training images were asked for. Give a number from 3, '
-                                'one a class, to 48, all there are.\n')
+                                'one per class, to 48, all there are.\n')
     assert not (tmp_path / 's').exists()
 
 

@@ -87,7 +87,7 @@ def test_the_picture_has_a_panel_a_control(csv, figures):
 
 
 @pytest.mark.parametrize(('row', 'message'), [
-    ('', 'summary.csv: is missing or names no setting. It needs a row a setting, with the columns setting'),
+    ('', 'summary.csv: is missing or names no setting. It needs one row per setting, with the columns setting'),
     ('x,.,ferplus,cifar10,1000,0', 'for regulated runs on ferplus, cifar10, 1000 training images, and that holds '
                                    '0 such settings. Correct the row. It holds: resnet10t, emoji, cifar10, 1000.'),
     ('x,.,emoji,cifar10,1000,first', "seeds 'first' of x are none. Give numbers and ranges, such as 0-4."),

@@ -73,7 +73,7 @@ def check_device(device: str) -> None:
     """Refuse a --device that torch cannot use.
 
     Raises:
-        DataError: If it is none, or not there.
+        DataError: If it is unknown or unavailable.
     """
     try:
         torch.zeros(1, device=device).item()  # which 'meta' has not

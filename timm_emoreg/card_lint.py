@@ -1,7 +1,7 @@
 """A linter for model cards, and a runner of their snippets.
 
 The Hub's own ``ModelCard`` accepts a wrong licence identifier, ``other`` without a name, missing metadata and keys that
-stand twice; this linter does not.
+appear twice; this linter does not.
 """
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ LICENCES = ('apache-2.0', 'cc-by-4.0', 'cc-by-sa-4.0', 'cc-by-nc-sa-4.0', 'mit',
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """YAML in which a key that stands twice is an error."""
+    """YAML in which a key that appears twice is an error."""
 
     def construct_mapping(self, node, deep=False):
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f'the key {key!r} stands twice', node.start_mark)
+                raise yaml.constructor.ConstructorError(None, None, f'the key {key!r} appears twice', node.start_mark)
         return super().construct_mapping(node, deep)
 
 

@@ -158,7 +158,7 @@ def eight_bit_cost(weight: Weight) -> str:
     found = weight.eight_bits
     return (f'Computed in float32, the weight answers {found["float32"]:.2f} % of the {found["images"]:,} test images '
             f'correctly before it was rounded to 8 bits and {found["int8"]:.2f} % as the file has it; '
-            f'{found["changed"]:,} answers are others.')
+            f'{found["changed"]:,} predictions change.')
 
 
 def make_card(weight: Weight) -> str:

@@ -55,7 +55,7 @@ def load_training_checkpoint(path: str | Path, mmap: bool = False) -> dict[str, 
 
 
 def judged_state(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """The weights of a training checkpoint that its metric was measured of: the averaged ones where there are some."""
+    """The weights of a training checkpoint on which its metric was measured: the averaged ones where there are some."""
     return checkpoint.get('state_dict_ema') or checkpoint['state_dict']
 
 

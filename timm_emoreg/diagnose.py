@@ -96,7 +96,7 @@ def similarity(model: EmoReg, images: ImageSet, size: tuple[int, int], device: t
     for x, _ in make_loader(images, size, BATCH, resolve_model_data_config(model), device=device):
         h = F.normalize(stream.forward_head(stream.forward_features(x), pre_logits=True).to(total), dim=1)
         total += h.sum(dim=0)
-        with_itself += h.square().sum()  # 1 an image, but for features that are all 0
+        with_itself += h.square().sum()  # 1 per image, but for features that are all 0
     return round((total.square().sum() - with_itself).item() / (count * (count - 1)), 4)
 
 

@@ -197,7 +197,7 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command('build', 'make record, card and file of a weight from runs of train.py')
     sub.add_argument('name', metavar='NAME')
-    sub.add_argument('results', nargs='+', type=Path, metavar='RESULT', help='result.json or its folder, one a seed')
+    sub.add_argument('results', nargs='+', type=Path, metavar='RESULT', help='result.json or its folder, one per seed')
     sub.add_argument('--plain', nargs='+', type=Path, default=[], metavar='RESULT', help='runs of the plain backbone')
     sub.add_argument('--embed', action='store_true', help='put the file into the package')
     sub.add_argument('--eight-bits', action='store_true',

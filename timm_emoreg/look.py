@@ -6,7 +6,7 @@
 
 For images: the affective state e, the softmax of both responses and of y = (1 - r) z + r z', the balance r, and where
 the affect response looks. For a data set: the mean affective state of each class, the balance, and the images whose
-answer changes when regulation is switched on. The numbers are printed as JSON, one line an image or one for the set.
+answer changes when regulation is switched on. The numbers are printed as JSON, one line per image, or one for the set.
 
 "Without regulation" is the response z of the same model, which was trained together with the other one: for what a
 plain network would have answered, train one (train.py --task plain).
@@ -67,7 +67,7 @@ def _check(args: argparse.Namespace) -> None:
     check_device(args.device)
     for path in args.images:
         if path.is_dir():
-            raise DataError(f'{path}: is a folder. Give its images, or a set with a folder a class by --dataset.')
+            raise DataError(f'{path}: is a folder. Give its images, or a set with a folder per class by --dataset.')
         if not path.is_file():
             raise DataError(f'{path}: there is no such image. Correct the path.')
 
@@ -77,7 +77,7 @@ def _open(path: Path):
         picture = read_picture(path)
     except DataError:
         raise DataError(f'{path}: is not an image that can be read. Give PNG, JPEG, WebP or the like, with 8 or 16 '
-                        'bits a channel.') from None
+                        'bits per channel.') from None
     picture.thumbnail((400, 400))  # it will be drawn at half of that
     return picture
 
@@ -86,7 +86,7 @@ def _look_at_images(args: argparse.Namespace, trained: Trained, pictures: list) 
     images = ImageSet(args.images, torch.zeros(len(args.images), dtype=torch.long), Target('class', ('unknown',)))
     answers, slopes = answer(trained, images, args.device, gradient=True)
     names = [path.name for path in args.images]
-    if len(set(names)) < len(names):  # with a folder a class, the same names come again in each
+    if len(set(names)) < len(names):  # with a folder per class, the same names come again in each
         names = [f'{path.absolute().parent.name}/{path.name}' for path in args.images]
     draw_images(trained, names, pictures, answers, slopes, args.output)
     for i, path in enumerate(args.images):

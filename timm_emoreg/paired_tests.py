@@ -45,7 +45,7 @@ def paired_difference(ours: Sequence[float], theirs: Sequence[float], confidence
     """Student's paired t test and the interval of the mean of ``ours - theirs``.
 
     Args:
-        ours: One value a seed.
+        ours: One value per seed.
         theirs: The value of the same seed, at the same place.
         confidence: Coverage of the interval, in (0, 1).
 

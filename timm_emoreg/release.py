@@ -303,8 +303,8 @@ def build(name: str, results: list[Path], plain: list[Path] = (), home: Path = R
         precision: 'float16', or 'int8' for a file of half the size, see `timm_emoreg.eight_bit`.
 
     Raises:
-        HubError: If the runs do not fit each other, the name or a released stage 1, or a tensor does not survive the
-            precision; for a stage 1 in 8 bits.
+        HubError: If the runs do not fit each other, the name or a released stage 1, or a tensor is not finite
+            in the precision, or stage 1 is asked for in int8.
         CheckpointError: If the checkpoint cannot be read.
         ValueError: If the terms of its data allow no licence.
     """

@@ -55,7 +55,7 @@ def _heat_map(figure, trained: Trained, answers: Answers, images: ImageSet) -> N
     below.tick_params(length=0)
     most = f' (the {len(seen)} that differ most)' if len(seen) < len(found) else ''
     below.set_xlabel(f'mean over the classes of the affective state\ncells: each class{most} less that mean, '
-                     + ('one image a class' if spread is None else f'standard error at most {spread:.2g}')
+                     + ('one image per class' if spread is None else f'standard error at most {spread:.2g}')
                      + (f'\nno class is further from the mean than {most_different:.1g}: the state hardly tells them '
                         'apart' if most_different < noise else ''), fontsize=8)
     bar = figure.colorbar(drawn, ax=axis, fraction=0.05, aspect=30)
@@ -80,7 +80,7 @@ def _changes(axis, changes: Changes, total: int) -> None:
         axis.text(count + 0.02 * max(*counts, 1), y, f'{count:,}', va='center', fontsize=8)
     axis.set_yticks(range(3), ['repaired', 'broken', 'wrong both times'], fontsize=8)
     axis.set(xlim=(0, 1.25 * max(*counts, 1)), ylim=(2.5, -0.5), xticks=[])
-    axis.set_title(f'y answers otherwise than z: {len(changes):,} of {total:,}', fontsize=10, loc='left')
+    axis.set_title(f'y and z disagree: {len(changes):,} of {total:,}', fontsize=10, loc='left')
     axis.spines[['top', 'right', 'bottom']].set_visible(False)
 
 

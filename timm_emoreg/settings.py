@@ -187,7 +187,7 @@ def _check_stages(args: Namespace, given: Collection[str]) -> None:
         raise SettingsError(f'--experiment {args.experiment}: names a folder in --output, and is no path. Give the '
                             'rest of it by --output.')
     if args.experience == 'none' and args.task == 'plain':
-        raise SettingsError('--experience none: is for the dual head, which --task plain has not. Leave it out.')
+        raise SettingsError('--experience none: is for the dual head, which --task plain does not have. Leave it out.')
     untaught = [name for name in ('affect_epochs', 'shuffle_stimuli_labels') if getattr(args, name)]
     if args.experience == 'none' and untaught and not (args.rehearsal and untaught == ['shuffle_stimuli_labels']):
         raise SettingsError(f'{flag(untaught[0])}: is for a stage 1, and --experience none has none. Leave it out.')
@@ -197,8 +197,8 @@ def _check_stages(args: Namespace, given: Collection[str]) -> None:
         raise SettingsError(f'{flag(early[0])} shapes stage 1, and {without} has no stimuli unless --stimuli names '
                             'some. Give them, or leave it out.')
     if args.task != 'emoreg' and (late := [name for name in REGULATION if name in given]):
-        raise SettingsError(f'{flag(late[0])}: is a choice of the dual head, which --task {args.task} has not. Leave '
-                            'it out.')
+        raise SettingsError(f'{flag(late[0])}: is a choice of the dual head, which --task {args.task} does not '
+                            'have. Leave it out.')
     if args.task == 'affect' and 'dataset' in given:
         raise SettingsError(f'--dataset {args.dataset}: is for a classification, and --task affect trains on '
                             '--stimuli. Name the set there, or leave it out.')
@@ -306,7 +306,7 @@ def backbone_args(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def batch_of_a_step(args: Namespace, task: str, splits: Splits, stimuli: Splits | None = None) -> int:
-    """Images a step and process of a stage.
+    """Images per step and process of a stage.
 
     Args:
         args: The settings, with `world_size`.

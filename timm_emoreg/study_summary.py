@@ -1,4 +1,4 @@
-"""All settings of several studies at a glance: what the regulated arm gains over its controls, a line a setting."""
+"""All settings of several studies at a glance: what the regulated arm gains over its controls, one line per setting."""
 from __future__ import annotations
 
 import math
@@ -52,7 +52,7 @@ def read_summary(path: Path) -> list[Line]:
     rows = read_rows(path)
     if not rows or (missing := [name for name in COLUMNS if name not in rows[0]]):
         raise StudyError(f'{path}: ' + (f'lacks the column {missing[0]}' if rows else 'is missing or names no setting')
-                         + f'. It needs a row a setting, with the columns {", ".join(COLUMNS)}.')
+                         + f'. It needs one row per setting, with the columns {", ".join(COLUMNS)}.')
     lines = []
     for row in rows:
         folder, where = path.parent / row['folder'], tuple(row[name] for name in ('stimuli', 'target', 'train_images'))
@@ -98,7 +98,7 @@ def make_summary(lines: Sequence[Line]) -> str:
 
 
 def draw_summary(lines: Sequence[Line], picture: Path) -> None:
-    """Draw the table to a PNG: a panel a control, a line a setting, small dots the seeds."""
+    """Draw the table to a PNG: one panel per control, one line per setting, small dots for the seeds."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 1.5 + 0.42 * len(lines)), layout='constrained')

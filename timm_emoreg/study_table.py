@@ -272,8 +272,8 @@ COLUMNS = ('model', 'stimuli', 'target', 'train_images', 'arm', 'versus', 'n', '
 
 
 def _computed_otherwise(folder: Path, setting: Setting) -> list[str]:
-    """Warnings where runs are paired that another processor, its load, or want of memory had compute in another
-    precision, with another kernel of attention, or on images augmented by another loader, in stage 2 or in stage 1."""
+    """Warnings for paired runs that were computed with different precision, attention kernel or loader, in either
+    stage: on another processor, under load, or with too little memory."""
     seeds = {str(seed) for runs in setting.arms.values() for seed in runs}
     stages = {'': [row for runs in setting.arms.values() for row in runs.values()],
               ' in stage 1': [row for row in read_runs(folder, 'stage1.csv') if row['seed'] in seeds

@@ -112,7 +112,7 @@ class Weight:
         for wrong, what in (
                 (self.tag != expected, f'tag {self.tag!r} does not say stimuli and target, expected {expected!r}'),
                 (self.file != f'{self.name}.safetensors', f'file {self.file!r} is not named after the weight'),
-                (not re.fullmatch('[0-9a-f]{64}', self.sha256), f'sha256 {self.sha256!r} is none'),
+                (not re.fullmatch('[0-9a-f]{64}', self.sha256), f'sha256 {self.sha256!r} is not 64 hexadecimal digits'),
                 (self.hub_commit is not None and not re.fullmatch('[0-9a-f]{40}', self.hub_commit),
                  f'hub_commit {self.hub_commit!r} is no full commit'),
                 (bool(self.target) != bool(self.label_names), 'label_names and target must come together'),

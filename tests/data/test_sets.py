@@ -104,7 +104,7 @@ def test_grey_of_16_bits_keeps_its_shades(tmp_path, suffix):
 @pytest.mark.parametrize('dtype', [np.int32, np.float32])
 def test_32_bits_a_channel_are_refused(tmp_path, dtype):
     Image.fromarray(np.ones((2, 2), dtype)).save(tmp_path / 'a.tif')
-    with pytest.raises(DataError, match=r'a\.tif: not a readable image \(mode .* has 32 bits a channel and no'):
+    with pytest.raises(DataError, match=r'a\.tif: not a readable image \(mode .* has 32 bits per channel and no'):
         read_picture(tmp_path / 'a.tif')
 
 

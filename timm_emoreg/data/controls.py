@@ -31,7 +31,7 @@ def fewer_images(splits: Splits, number: int, seed: int) -> Splits:
                         'part be taken. Use all training images.')
     if not len(train.target) <= number <= len(train):
         raise DataError(f'{splits.name}: {number:,} training images were asked for. Give a number from '
-                        f'{len(train.target):,}, one a class, to {len(train):,}, all there are.')
+                        f'{len(train.target):,}, one per class, to {len(train):,}, all there are.')
     labels = train.targets.numpy()
     order = np.random.RandomState(seed).permutation(len(labels))
     place = np.empty(len(labels))  # 1/n, 2/n ... n/n within each class of n: the lowest ones hold each in proportion
@@ -101,7 +101,7 @@ class _RotatedSet(_SquareSet):
 
 def predict_rotation(splits: Splits, seed: int) -> Splits:
     """The same images without their labels: each is turned by 0, 90, 180 or 270 degrees, and the class is which
-    (Gidaris et al. 2018, one rotation an image so that an epoch has as many images as with labels).
+    (Gidaris et al. 2018, one rotation per image so that an epoch has as many images as with labels).
 
     Of an oblong picture the centre square is taken: whether it is drawn together in width or in height would tell
     whether it lies on its side. Mirroring is off: a mirrored picture on its side looks like one that lies on the other.

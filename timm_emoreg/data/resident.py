@@ -126,7 +126,7 @@ class EpochLoader:
             'seed': torch.randint(0, 2 ** 31, (n,), generator=generator),
         }
         if self.flip == 'alternate':
-            # -1 is no epoch: which images start mirrored must not hang together with any epoch's order
+            # -1 is no epoch: which images start mirrored must not be correlated with any epoch's order
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 - 1)
             first = torch.randint(0, 2, (n,), generator=generator, dtype=torch.bool)
             drawn['flip'] = (first ^ bool(self.epoch % 2))[drawn['order']]

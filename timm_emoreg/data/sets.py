@@ -68,7 +68,7 @@ def read_picture(path: Path, mode: str = 'RGB') -> Image.Image:
     Grey images of 16 bits are taken by their upper ones; Pillow would cut off what is above 255, which leaves white.
 
     Raises:
-        ImageError: If the file is missing, is not an image, or has 32 bits a channel, whose range it does not tell.
+        ImageError: If the file is missing, is not an image, or has 32 bits per channel, whose range it does not tell.
     """
     try:
         with Image.open(path) as image:
@@ -76,7 +76,7 @@ def read_picture(path: Path, mode: str = 'RGB') -> Image.Image:
             if image.mode.startswith('I;16') or (image.mode == 'I' and image.format in ('PNG', 'PPM')):
                 return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert(mode)
             if image.mode in ('I', 'F'):
-                raise ValueError(f'mode {image.mode!r} has 32 bits a channel and no known range, expected 8 or 16')
+                raise ValueError(f'mode {image.mode!r} has 32 bits per channel and no known range, expected 8 or 16')
             return image.convert(mode)
     except FileNotFoundError:
         raise ImageError(f'{path}: the image is missing. Restore it.') from None

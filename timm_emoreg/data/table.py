@@ -174,5 +174,5 @@ def read_table(path: Path) -> Table:
             raise DataError(f'{path}, line {line}: {len(row)} fields where the header has {len(columns)} columns. '
                             'Correct the line; a value with a comma needs double quotes.')
     if len(rows) == 1:
-        raise DataError(f'{path}: the table has a header but no row. Add a line an image.')
+        raise DataError(f'{path}: the table has a header but no row. Add one line per image.')
     return Table(path, columns, tuple(lines[1:]), tuple(rows[1:]))
