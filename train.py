@@ -47,7 +47,6 @@ from timm.utils import (
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-import timm_emoreg
 from timm_emoreg.arguments import NamedValues, above, at_least, compiler_backend, share, within
 from timm_emoreg.attention import choose_attention, use_plain_attention
 from timm_emoreg.checkpoint import CheckpointError, load_training_checkpoint, newest_checkpoint, restore_best
@@ -93,7 +92,14 @@ from timm_emoreg.run_folder import (
     trim,
     writing,
 )
-from timm_emoreg.settings import SettingsError, backbone_args, batch_of_a_step, complete_settings, shapes_stage_1
+from timm_emoreg.settings import (
+    SettingsError,
+    backbone_args,
+    batch_of_a_step,
+    complete_settings,
+    emoreg_args,
+    shapes_stage_1,
+)
 from timm_emoreg.small_image import small_image_form
 from timm_emoreg.task import AffectTask, EmoRegTask
 from timm_emoreg.trainable import BUILD_ERRORS, ModelError, check_takes, check_takes_one, lacks_memory, reason_of
@@ -245,17 +251,16 @@ def needs_pretrained(args, task: str, splits, experience: Experience | None, res
 
 
 def build_model(args, task: str, splits, experience: Experience | None, resumed: bool = False):
-    common = dict(backbone_args(vars(args)), drop_rate=args.drop, drop_path_rate=args.drop_path,
-                  pretrained=args.pretrained_backbone and needs_pretrained(args, task, splits, experience, resumed))
+    dropped = {'drop_rate': args.drop, 'drop_path_rate': args.drop_path}
+    pretrained = args.pretrained_backbone and needs_pretrained(args, task, splits, experience, resumed)
     if task == 'plain':
-        model = create_backbone(args.backbone, num_classes=len(splits.target), **common)
+        model = create_backbone(args.backbone, num_classes=len(splits.target), pretrained=pretrained,
+                                **backbone_args(vars(args)), **dropped)
         if experience is not None:
             load_backbone(model, experience)
         return model
-    common['pretrained_backbone'] = common.pop('pretrained')
-    if args.model not in timm_emoreg.BACKBONES:
-        common['backbone'] = args.backbone
-    name = args.model if args.model in timm_emoreg.BACKBONES else 'emoreg'
+    name, form = emoreg_args(vars(args))
+    common = {**form, **dropped, 'pretrained_backbone': pretrained}
     if task == 'affect':
         return timm.create_model(name, num_classes=0, num_affect=len(splits.target),
                                  affect_kind=splits.target.affect_kind, **common)

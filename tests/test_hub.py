@@ -26,6 +26,7 @@ from timm_emoreg.card_lint import run_snippets
 from timm_emoreg.data import load_target
 from timm_emoreg.data.loader import make_loader
 from timm_emoreg.emoreg import EmoReg
+from timm_emoreg.files import sha256_of
 from timm_emoreg.finished_runs import ROOT, HubError, Run, check_same_recipe
 from timm_emoreg.hub import check, main, publish
 from timm_emoreg.release import build
@@ -580,7 +581,7 @@ def test_dry_run_shows_everything_and_sends_nothing(hub, built, home, capsys):
     out = capsys.readouterr().out
     for part in ('config.json', 'README.md', HUB_FILE):
         path = home / 'hub_cards' / NAME / part
-        assert f'{path.stat().st_size:,} bytes  sha256 {release.sha256_of(path)}' in out
+        assert f'{path.stat().st_size:,} bytes  sha256 {sha256_of(path)}' in out
     assert 'dry run' in out
     assert not hub.requests
     assert read_records(home / 'timm_emoreg/assets/weights.json')[NAME].hub_commit is None

@@ -65,7 +65,7 @@ from timm_emoreg.settings import batch_of_a_step
      '--affect-epochs: is for a stage 1, and --experience none has none. Leave it out.'),
     (('--experience', 'none', '--affect-epochs', '5'), '--affect-epochs: is for a stage 1, and --experience none'),
     (('--experience', 'none', '--stimuli', 'emoji', '--shuffle-stimuli-labels'), '--shuffle-stimuli-labels: is for a'),
-    (('--experience', 'none', '--task', 'plain'), '--experience none: is for the dual head, which --task plain does not have'),
+    (('--experience', 'none', '--task', 'plain'), '--experience none: is for the dual head, which --task plain does'),
     (('--model-ema-decay', '0.9'), '--model-ema-decay 0.9: has no effect without --model-ema. Add that, or leave it'),
     (('--clip-mode', 'agc'), '--clip-mode agc: has no effect without --clip-grad. Add that, or leave it out.'),
     (('--decay-epochs', '3'), '--decay-epochs 3.0: has no effect with --sched cosine. Use --sched step, or leave it'),

@@ -32,7 +32,7 @@ def affect_gradient(model: EmoReg, x: Tensor) -> Tensor:
     of the image's side, because single pixels of it mean little and strided convolutions leave the pattern of their
     grid in it, and scaled to a maximum of 1 for each image. All zero where the response does not depend on the image.
     """
-    stream = model.backbone if model.backbone_emo is None else model.backbone_emo
+    stream = model.affect_backbone
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         # forward_affect would do, but with a frozen stream it cuts the gradient off

@@ -20,7 +20,7 @@ from .zoo import whole_image_cfg
 
 __all__ = ['Classifier', 'backbone_cfg', 'check_backbone', 'check_backbone_name', 'checkpoint_filter_fn',
            'create_backbone', 'pooling', 'prefixed', 'put_classifier', 'remove_classifier', 'resized_state',
-           'small_image_cfg']
+           'small_image_cfg', 'without_weights']
 
 # Families that apply their dropout after pre_logits, by a function call or a module beside the classifier. Where it is
 # part of the classifier (LeViT ...) it is found there, and everywhere else it is applied within pre_logits.
@@ -211,6 +211,11 @@ def remove_classifier(backbone: nn.Module) -> Classifier:
     if pair:
         weight, bias = (weight + linears[1][0]) / 2, (bias + linears[1][1]) / 2
     return Classifier(weight.detach().clone(), bias.detach().clone(), drop_rate)
+
+
+def without_weights(cfg: dict[str, Any]) -> dict[str, Any]:
+    """What a pretrained cfg says of the architecture and its input, and nothing of the weights that it came with."""
+    return {k: v for k, v in cfg.items() if k == 'architecture' or k not in WEIGHT_CFG_KEYS}
 
 
 def backbone_cfg(backbone: str | nn.Module, **overrides: Any) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from .data.controls import predict_rotation
 from .data.loader import make_loader
 from .emoreg import EmoReg
 from .experience import STIMULI_SETTINGS, find_experience
-from .metrics import EmotionEvaluator, RatingEvaluator, wide_dtype
+from .metrics import affect_evaluator, wide_dtype
 from .trained import Trained, need_affect, some, trained_model
 from .weights import WeightError
 
@@ -71,10 +71,7 @@ def affect_quality(trained: Trained, stimuli: ImageSet, device: torch.device | s
     if stimuli.target.names != trained.affect_names:
         raise DataError(f'the stimuli ask for {", ".join(stimuli.target.names)}, the affect response of '
                         f'{trained.source} gives {", ".join(trained.affect_names)}. Give the --stimuli of its stage 1.')
-    if stimuli.target.kind == 'ratings':
-        evaluator = RatingEvaluator(names=stimuli.target.names)
-    else:
-        evaluator = EmotionEvaluator(num_classes=len(stimuli.target))
+    evaluator = affect_evaluator(stimuli.target.kind, stimuli.target.names)
     evaluator.update(answer(trained, stimuli, device)[0].affect, stimuli.targets)
     return {name: round(float(value), 4) for name, value in evaluator.compute().items()}
 
@@ -90,7 +87,7 @@ def similarity(model: EmoReg, images: ImageSet, size: tuple[int, int], device: t
     if count < 2:
         raise DataError(f'There is {count} image to look at, and how alike features of different images are needs 2. '
                         'Give a set with more of them in its validation part.')
-    stream = (model.backbone if model.backbone_emo is None else model.backbone_emo).to(device).eval()
+    stream = model.affect_backbone.to(device).eval()
     total = torch.zeros(stream.head_hidden_size, dtype=wide, device=device)
     with_itself = torch.zeros((), dtype=wide, device=device)
     for x, _ in make_loader(images, size, BATCH, resolve_model_data_config(model), device=device):

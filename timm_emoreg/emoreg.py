@@ -81,7 +81,7 @@ class EmoReg(nn.Module):
         TypeError: For an argument that the backbone does not know.
     """
 
-    __jit_unused_properties__ = ('balance',)
+    __jit_unused_properties__ = ('affect_backbone', 'balance')
 
     def __init__(
             self,
@@ -223,6 +223,11 @@ class EmoReg(nn.Module):
         if self.backbone_emo is not None:
             self.backbone_emo.eval()  # frozen means frozen: no batch statistics, no dropout
         return self
+
+    @property
+    def affect_backbone(self) -> nn.Module:
+        """The backbone that the affect response reads: with ``experience='separate'`` the frozen one."""
+        return self.backbone if self.backbone_emo is None else self.backbone_emo
 
     # -- balance -----------------------------------------------------------------------------------------------
 

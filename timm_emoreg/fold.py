@@ -6,7 +6,7 @@ from timm.models.resnet import ResNet
 from timm.utils import unwrap_model
 from torch import nn
 
-from .backbone import WEIGHT_CFG_KEYS, put_classifier
+from .backbone import put_classifier, without_weights
 from .emoreg import EmoReg
 from .regulation import regulate
 
@@ -66,8 +66,7 @@ def fold(model: EmoReg) -> nn.Module:
 
 def _described(plain: nn.Module, model: EmoReg) -> nn.Module:
     """What an export of the plain model says of it: how to build and feed it, not which weights it came from."""
-    kept = {k: v for k, v in getattr(plain, 'pretrained_cfg', {}).items()
-            if k == 'architecture' or k not in WEIGHT_CFG_KEYS}
+    kept = without_weights(getattr(plain, 'pretrained_cfg', {}))
     ours = getattr(model, 'pretrained_cfg', None) or {}
     kept |= {k: ours[k] for k in IMAGE_CFG_KEYS if k in ours}
     plain.pretrained_cfg = plain.default_cfg = dict(kept, num_classes=plain.num_classes)

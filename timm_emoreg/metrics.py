@@ -11,14 +11,15 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from timm.task import ClassificationEvaluator
 from torch import Tensor
 
-__all__ = ['EmotionEvaluator', 'RatingEvaluator', 'concordance', 'pearson', 'rmse', 'unweighted_average_recall',
-           'wide_dtype']
+__all__ = ['EmotionEvaluator', 'RatingEvaluator', 'affect_evaluator', 'concordance', 'pearson', 'rmse',
+           'unweighted_average_recall', 'wide_dtype']
 
 
 def wide_dtype(device: torch.device) -> torch.dtype:
@@ -390,3 +391,18 @@ class EmotionEvaluator(ClassificationEvaluator):
             top1=100 * hits / total,
             uar=100 * _mean_recall(counts).item(),
         )
+
+
+def affect_evaluator(target_kind: str, names: Sequence[str], device: torch.device | str = 'cpu',
+                     **kwargs: Any) -> EmotionEvaluator | RatingEvaluator:
+    """The evaluator of an affect response.
+
+    Args:
+        target_kind: Of its stimuli: ``'class'``, ``'votes'`` or ``'ratings'``.
+        names: Name of each of its outputs.
+        device: Where to count.
+        kwargs: Those of the evaluator.
+    """
+    if target_kind == 'ratings':
+        return RatingEvaluator(device, names=tuple(names), **kwargs)
+    return EmotionEvaluator(device, num_classes=len(names), **kwargs)

@@ -11,11 +11,16 @@ from torch.optim import Optimizer
 
 from .emoreg import EmoReg
 
-__all__ = ['MUON', 'orthogonalize_in_float32', 'scale_affect_lr', 'usual_recipe']
+__all__ = ['MUON', 'base_optimizer', 'orthogonalize_in_float32', 'scale_affect_lr', 'usual_recipe']
 
 # Three steps of Jordan's coefficients (github.com/KellerJordan/cifar10-airbench) take 3/5 of the time of timm's default
 # five, and were better on validation data in the one short run tried.
 MUON = {'ns_steps': 3, 'ns_coefficients': 'original', 'nesterov': True}
+
+
+def base_optimizer(opt: str) -> str:
+    """timm's name of an optimizer without that of its wrapper: sgd for lookahead_sgd."""
+    return opt.split('_')[-1]
 
 
 def usual_recipe(model: torch.nn.Module, task: str, opt: str | None, batch_size: int) -> dict[str, Any]:
@@ -33,7 +38,7 @@ def usual_recipe(model: torch.nn.Module, task: str, opt: str | None, batch_size:
     # Short runs hardly start under SGD at the rates that suit long ones; AdamW and Muon learn at once. A ViT learned
     # stage 1 better with Muon, and ended stage 2 lower after it (hub_cards/study).
     opt = opt or ('adamw' if task == 'affect' else 'muon')
-    base = opt.split('_')[-1]  # as timm reads lookahead_sgd
+    base = base_optimizer(opt)
     if base in ('muon', 'nmuon'):
         # The length of Muon's updates depends neither on the gradient nor on the batch: 0.02 and 0.03 were best for
         # ResNet at 256 and 64 images. Without batch norm the length of the weights matters: ViT stood still at 0.02.

@@ -41,13 +41,12 @@ def _scipy_stats():
     return stats
 
 
-def paired_difference(ours: Sequence[float], theirs: Sequence[float], confidence: float = 0.95) -> Difference:
-    """Student's paired t test and the interval of the mean of ``ours - theirs``.
+def paired_difference(ours: Sequence[float], theirs: Sequence[float]) -> Difference:
+    """Student's paired t test and the 95 % interval of the mean of ``ours - theirs``.
 
     Args:
         ours: One value per seed.
         theirs: The value of the same seed, at the same place.
-        confidence: Coverage of the interval, in (0, 1).
 
     Raises:
         ValueError: If the two differ in length.
@@ -59,10 +58,9 @@ def paired_difference(ours: Sequence[float], theirs: Sequence[float], confidence
         return Difference(n, mean, sd, math.nan, math.nan, math.nan)
     if sd <= 1e-12 * max(map(abs, (*ours, *theirs))):  # all equal, but for the rounding of each subtraction
         return Difference(n, mean, 0.0, mean, mean, math.nan)
-    student = _scipy_stats().t(n - 1)
-    error = sd / math.sqrt(n)
-    margin = student.ppf((1 + confidence) / 2) * error
-    return Difference(n, mean, sd, float(mean - margin), float(mean + margin), float(2 * student.sf(abs(mean) / error)))
+    test = _scipy_stats().ttest_rel(ours, theirs)
+    low, high = test.confidence_interval(0.95)
+    return Difference(n, mean, sd, float(low), float(high), float(test.pvalue))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -1,7 +1,6 @@
 """Making a release from finished runs of train.py: the file in 16 or 8 bits, its record and its card."""
 from __future__ import annotations
 
-import hashlib
 import inspect
 import json
 import os
@@ -27,7 +26,7 @@ from .commit import project_commit
 from .data import STIMULI, TARGETS, ImageSet, Target, load_target
 from .eight_bit import from_eight_bits, to_eight_bits
 from .experience import find_experience, without_drop_rates
-from .files import replacing
+from .files import replacing, sha256_of
 from .finished_runs import ROOT, HubError, Run, check_baseline, check_same_recipe, recipe_of, summary_of
 from .settings import backbone_args
 from .study_grid import CONTENT
@@ -35,7 +34,7 @@ from .terms import licence_terms
 from .trained import Trained
 from .zoo import HUB_FILE, Weight, read_records, write_records
 
-__all__ = ['ORGANISATION', 'Checkout', 'build', 'config_text', 'sha256_of']
+__all__ = ['ORGANISATION', 'Checkout', 'build', 'config_text']
 
 ORGANISATION = 'timm-emoreg'
 OF_YOURS = 'For a weight of yours see timm.models.save_for_hf in hub_cards/WALK.md.'
@@ -98,11 +97,6 @@ def config_text(weight: Weight) -> str:
     """The text of a weight's ``config.json``."""
     config = make_config(weight, timm_emoreg.BACKBONES[weight.architecture])
     return json.dumps(config, indent=2, ensure_ascii=False) + '\n'
-
-
-def sha256_of(path: Path) -> str:
-    """sha256 of a file, in hexadecimal."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 class Origin(NamedTuple):

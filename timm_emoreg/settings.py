@@ -21,12 +21,13 @@ from . import BACKBONES
 from .data import STIMULI, TARGETS, DataError, Splits, absolute, stimuli_parts
 from .data.progressive import SMALLEST
 from .data.resident import check_fills_a_batch
+from .optim import base_optimizer
 from .regulation import check_regulation
 from .run_folder import DamagedError, read_json
 from .small_image import LARGEST_SIZE, has_small_image_form
 
 __all__ = ['LABELS_OF_STAGE_1', 'REGULATION', 'SettingsError', 'backbone_args', 'batch_of_a_step', 'check_tag',
-           'complete_settings', 'shapes_stage_1']
+           'complete_settings', 'emoreg_args', 'shapes_stage_1']
 
 LABELS_OF_STAGE_1 = ('stimuli_labels', 'shuffle_stimuli_labels', 'rating_columns')
 # arguments of a timm model that have a flag of their own
@@ -248,7 +249,7 @@ def _check_recipe(args: Namespace) -> None:
     if args.opt_kwargs and not args.opt:
         raise SettingsError(f'--opt-kwargs {args.opt_kwargs}: belong to one optimizer. Give --opt, too.')
     if args.opt:
-        base = args.opt.split('_')[-1]  # as timm reads lookahead_sgd
+        base = base_optimizer(args.opt)
         if base in list_optimizers() and get_optimizer_info(base).second_order:
             raise SettingsError(f'--opt {args.opt}: needs second derivatives, which train.py does not compute. '
                                 'timm.optim.list_optimizers() names the others.')
@@ -270,7 +271,7 @@ def _check_recipe(args: Namespace) -> None:
 def _check_has_effect(args: Namespace, given: Collection[str]) -> None:
     """Refuse what was given and would change nothing, because of another flag or for want of one."""
     # of the defaults stage 2's has it, muon, and stage 1's, adamw, has not
-    has_momentum = get_optimizer_info(args.opt.split('_')[-1]).has_momentum if args.opt else args.task != 'affect'
+    has_momentum = get_optimizer_info(base_optimizer(args.opt)).has_momentum if args.opt else args.task != 'affect'
     sgd = 'Leave it out, or use one that has it, such as sgd'
     for name, has_effect, remedy in (
             ('model_ema_decay', args.model_ema, 'without --model-ema. Add that, or leave it out'),
@@ -303,6 +304,18 @@ def backbone_args(settings: Mapping[str, Any]) -> dict[str, Any]:
     if settings['small_image'] or timm.get_pretrained_cfg(settings['backbone']).fixed_input_size:
         form['img_size'] = settings['img_size']
     return form
+
+
+def emoreg_args(settings: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Name and arguments by which ``timm.create_model`` builds the regulated model of a run in its form.
+
+    Args:
+        settings: Those of the run, complete.
+    """
+    form = backbone_args(settings)
+    if settings['model'] in BACKBONES:
+        return settings['model'], form
+    return 'emoreg', {**form, 'backbone': settings['backbone']}
 
 
 def batch_of_a_step(args: Namespace, task: str, splits: Splits, stimuli: Splits | None = None) -> int:

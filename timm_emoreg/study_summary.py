@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .drawing import save
-from .paired_tests import holm
 from .study_grid import StudyError, read_rows, short_name
 from .study_plots import STYLES
-from .study_table import Comparison, Setting, compare, controls, interval, markdown, read_settings, spread
+from .study_table import Comparison, Setting, compare_with_controls, interval, markdown, read_settings, spread
 
 __all__ = ['Line', 'draw_summary', 'make_summary', 'read_summary']
 
@@ -69,11 +68,8 @@ def read_summary(path: Path) -> list[Line]:
             raise StudyError(f'{path}: {row["setting"]} asks {folder} for {ARM} runs on {", ".join(where)} training '
                              f'images, and that holds {len(found)} such settings. Correct the row. It holds: '
                              f'{known}.')
-        setting, family = found[0], controls(ARM, found[0].arms)
-        all_of_them = [c for c in (compare(folder, setting, ARM, control) for control in family) if c.difference.n]
-        corrected = holm([c.difference.p for c in all_of_them])
-        compared = {c.versus: (c, p) for c, p in zip(all_of_them, corrected, strict=True) if c.versus in VERSUS}
-        lines.append(Line(row['setting'], setting, compared))
+        compared = {c.versus: (c, p) for c, p in compare_with_controls(folder, found[0], ARM) if c.versus in VERSUS}
+        lines.append(Line(row['setting'], found[0], compared))
     return lines
 
 

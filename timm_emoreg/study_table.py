@@ -17,8 +17,8 @@ from .files import write_text
 from .paired_tests import Difference, holm, mcnemar, mean_sd, paired_difference
 from .study_grid import ARMS, StudyError, read_rows, read_runs, short_name, write_rows
 
-__all__ = ['Comparison', 'Setting', 'compare', 'controls', 'interval', 'make_table', 'markdown', 'read_settings',
-           'spread', 'write_table']
+__all__ = ['Comparison', 'Setting', 'compare', 'compare_with_controls', 'controls', 'interval', 'make_table',
+           'markdown', 'read_settings', 'spread', 'write_table']
 
 
 class Setting(NamedTuple):
@@ -155,6 +155,13 @@ def controls(arm: str, known: Iterable[str]) -> list[str]:
     else:
         family = []
     return [control for control in family if control in set(known)]
+
+
+def compare_with_controls(folder: Path, setting: Setting, arm: str) -> list[tuple[Comparison, float]]:
+    """An arm beside each of its controls that has a seed in common with it, and Holm's p within these."""
+    found = [c for c in (compare(folder, setting, arm, control) for control in controls(arm, setting.arms))
+             if c.difference.n]
+    return list(zip(found, holm([c.difference.p for c in found]), strict=True))
 
 
 # -- markdown ----------------------------------------------------------------------------------------------------------
@@ -315,10 +322,7 @@ def _setting_table(folder: Path, setting: Setting) -> tuple[str, list[dict]]:
     text.append(markdown(('arm', 'n', 'test top1', 'validation', 'minus plain', 'p', 'median s'), lines))
 
     for arm in setting.arms:
-        family = controls(arm, setting.arms)
-        comparisons = [c for c in (compare(folder, setting, arm, control) for control in family) if c.difference.n]
-        corrected = holm([c.difference.p for c in comparisons])
-        compared = [(c, p) for c, p in zip(comparisons, corrected, strict=True)]
+        compared = compare_with_controls(folder, setting, arm)
         if compared:
             text.append(markdown(
                 (f'{arm} minus', 'n', 'difference', 'p', 'Holm p', 'images', 'McNemar p'),

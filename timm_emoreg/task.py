@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .data import Target
 from .emoreg import EmoReg
-from .metrics import EmotionEvaluator, RatingEvaluator, concordance
+from .metrics import EmotionEvaluator, RatingEvaluator, affect_evaluator, concordance
 from .regulation import check_regulation, regulate
 
 __all__ = ['AffectTask', 'ConcordanceLoss', 'EmoRegTask']
@@ -113,9 +113,7 @@ class AffectTask(ClassificationTask):
         self.names = tuple(names)
 
     def create_evaluator(self, **kwargs: Any) -> EmotionEvaluator | RatingEvaluator:
-        if self.target_kind == 'ratings':
-            return RatingEvaluator(self.device, names=self.names, **kwargs)
-        return EmotionEvaluator(self.device, num_classes=len(self.names), **kwargs)
+        return affect_evaluator(self.target_kind, self.names, self.device, **kwargs)
 
     def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
         """What a later stage must know of the affect response: its target kind and the names of its outputs."""

@@ -14,12 +14,12 @@ from timm.data import resolve_model_data_config
 from torch import nn
 
 from . import BACKBONES, EmoReg, zoo
-from .backbone import WEIGHT_CFG_KEYS, create_backbone
+from .backbone import create_backbone, without_weights
 from .checkpoint import CheckpointError, judged_state, load_training_checkpoint
 from .data import DataError, Target
 from .data.choices import unknown_choice
 from .experience import Experience, find_experience
-from .settings import backbone_args
+from .settings import backbone_args, emoreg_args
 from .trainable import BUILD_ERRORS, reason_of
 
 __all__ = ['Trained', 'need_affect', 'released_model', 'some', 'trained_model']
@@ -209,21 +209,17 @@ def trained_model(where: str | Path, experience: str | None = None) -> Trained:
                               f'experience names {len(names)} ({", ".join(names)}). Name the right one with '
                               '--experience.')
     num_classes = len(state['head.weight']) if 'head.weight' in state else 0
-    form = backbone_args(args)
-    if args['model'] not in BACKBONES:
-        form['backbone'] = args['backbone']
+    name, form = emoreg_args(args)
     model = timm.create_model(
-        args['model'] if args['model'] in BACKBONES else 'emoreg', num_classes=num_classes, num_affect=len(names),
-        affect_kind=kind, balance=args['balance'] if num_classes else 0.5,
-        modulation='modulation.gain.weight' in state,
+        name, num_classes=num_classes, num_affect=len(names), affect_kind=kind,
+        balance=args['balance'] if num_classes else 0.5, modulation='modulation.gain.weight' in state,
         experience='separate' if any(k.startswith('backbone_emo.') for k in state) else 'shared', **form)
     return _loaded(where, path, args, state, model, names)
 
 
 def _plain_model(where: str | Path, path: Path, args: dict[str, Any], state: dict[str, Any]) -> Trained:
     model = create_backbone(args['backbone'], num_classes=len(args.get('label_names', ())), **backbone_args(args))
-    described = {k: v for k, v in model.pretrained_cfg.items() if k == 'architecture' or k not in WEIGHT_CFG_KEYS}
-    model.pretrained_cfg = model.default_cfg = described
+    model.pretrained_cfg = model.default_cfg = without_weights(model.pretrained_cfg)
     return _loaded(where, path, args, state, model, ())
 
 

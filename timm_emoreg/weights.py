@@ -8,7 +8,6 @@ shapes and finite values are checked; then timm gets it as the ``file`` of its o
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import threading
 from collections.abc import Iterator
@@ -24,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from . import zoo
 from .eight_bit import eight_bit_layout
 from .emoreg import EmoReg
+from .files import sha256_of
 from .zoo import HUB_FILE, Weight
 
 __all__ = ['NewHeadsWarning', 'WeightDamaged', 'WeightError', 'WeightMismatch', 'WeightNotFound', 'WeightRefused',
@@ -88,12 +88,8 @@ def _check(path: Path, weight: Weight, layout: dict[str, tuple[int, ...]], where
     size = path.stat().st_size
     if size != weight.size:
         raise damaged(f'it has {size:,} bytes, expected {weight.size:,}.')
-    digest = hashlib.sha256()
-    with path.open('rb') as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    if digest.hexdigest() != weight.sha256:
-        raise damaged(f'its sha256 is {digest.hexdigest()}, expected {weight.sha256}.')
+    if (found := sha256_of(path)) != weight.sha256:
+        raise damaged(f'its sha256 is {found}, expected {weight.sha256}.')
     try:
         with safe_open(path, framework='pt') as tensors:
             found = {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
