@@ -572,6 +572,7 @@ def train_epochs(args, loop: Loop, model, first_epoch: int, epochs: int, train_l
                  out: Path) -> None:
     """Train from `first_epoch` on, judge each epoch on the validation part, and write its checkpoint."""
     task, saver = loop.task, loop.saver
+    judge = task.create_evaluator()
     for epoch in range(first_epoch, epochs):
         began = time.perf_counter()
         parts = train_epoch(epoch, loop, train_loader, args)
@@ -583,11 +584,11 @@ def train_epochs(args, loop: Loop, model, first_epoch: int, epochs: int, train_l
         check_finite(task, scores.get('loss', 0.0), f'after epoch {epoch + 1}')
         if saver is not None:
             with writing(out):
-                if judged:
-                    lr_now = max(group['lr'] for group in loop.optimizer.param_groups)  # at the end of the epoch
-                    update_summary(epoch, parts, scores, str(out / 'summary.csv'), lr=lr_now)
+                lr_now = max(group['lr'] for group in loop.optimizer.param_groups)  # at the end of the epoch
+                columns = {name: scores.get(name, '') for name in judge.metric_names}  # the first row makes the header
+                update_summary(epoch, parts, columns, str(out / 'summary.csv'), lr=lr_now)
                 args.seconds = time.perf_counter() - args.start
-                saver.save_checkpoint(epoch, metric=scores.get(task.create_evaluator().default_metric))
+                saver.save_checkpoint(epoch, metric=scores.get(judge.default_metric))
                 for recovery in out.glob('recovery-*.pth.tar'):
                     recovery.unlink()
         say(args, f'epoch {epoch + 1}/{epochs}: ' + ', '.join(f'{k} {v:.4g}' for k, v in parts.items())

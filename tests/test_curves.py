@@ -71,7 +71,7 @@ def test_missing_cells_leave_gaps(tmp_path, figures):
     summary.write_text('\n'.join(lines) + '\n')
     draw_curves(summary, tmp_path / 'curves.png', 'top1', 'gaps')
     axes = {axis.get_title(): axis for axis in figures[0].axes}
-    assert [math.isnan(y) for y in axes['validation top1'].lines[0].get_ydata()] == [False, False, True, True, False]
+    assert list(axes['validation top1'].lines[0].get_xdata()) == [1, 2, 5]  # which --val-interval may leave out
     assert [math.isnan(y) for y in axes['balance r'].lines[0].get_ydata()] == [False, False, True, False, False]
 
 

@@ -561,7 +561,7 @@ def test_rating_names_errors(names):
     with pytest.raises(ValueError) as error:  # noqa: PT011 (the whole message is compared)
         RatingEvaluator(names=names)
     assert str(error.value) == (
-        f'RatingEvaluator: names must be distinct names in a sequence, one a dimension, got {names!r}; '
+        f'RatingEvaluator: names must be distinct names in a sequence, one per dimension, got {names!r}; '
         "for example ('valence', 'arousal')."
     )
 

@@ -16,7 +16,7 @@ from timm_emoreg.settings import batch_of_a_step
     (('--task', 'affect', '--experience', 'x'), '--task affect makes an experience and takes none'),
     (('--task', 'affect', '--train-images', '9'), '--train-images 9: is for a classification, and --task affect'),
     (('--task', 'affect', '--mixup', '0.2'), '--mixup 0.2: is for a classification'),
-    (('--rating-scale', '1', '7'), '--rating-scale [1.0, 7.0]: is that of --rating-columns. Give both'),
+    (('--rating-scale', '1', '7'), '--rating-scale 1.0 7.0: is that of --rating-columns. Give both'),
     (('--model', 'emoreg_resnet18.emoji'),
      '--model emoreg_resnet18.emoji: names a weight. Give --model emoreg_resnet18, and the weight of a stage 1 by'),
     (('--val-interval', '0'), '--val-interval: expected a whole number, 1 or more, got 0'),
@@ -99,8 +99,8 @@ from timm_emoreg.settings import batch_of_a_step
     (('--experiment', '..'), '--experiment ..: names a folder in --output'),
     (('--task', 'plain', '--shuffle-stimuli-labels'), '--shuffle-stimuli-labels shapes stage 1, and --task plain has'),
     (('--experience', 'none', '--stimuli-labels', 'group'), '--stimuli-labels shapes stage 1, and --experience none'),
-    (('--task', 'plain', '--no-modulation'), '--modulation: is a choice of the dual head, which --task plain does'),
-    (('--task', 'affect', '--balance', '0.5'), '--balance: is a choice of the dual head, which --task affect'),
+    (('--task', 'plain', '--no-modulation'), '--no-modulation: is a choice of the dual head, which --task plain does'),
+    (('--task', 'affect', '--balance', '0.5'), '--balance 0.5: is a choice of the dual head, which --task affect'),
     (('--task', 'affect', '--dataset', 'cifar10'), '--dataset cifar10: is for a classification, and --task affect'),
 ])
 def test_flags_that_do_not_fit_are_refused(train, monkeypatch, capsys, argv, message):

@@ -761,7 +761,10 @@ def test_part_of_the_training_set_and_rare_validation(run, tmp_path, folder):
     assert status == 0
     assert results[0]['train_images'] == 20
     files = tmp_path / 'run/plain'
-    assert [row['epoch'] for row in rows(files / 'summary.csv')] == ['1', '3', '4']
+    summary = rows(files / 'summary.csv')
+    assert [row['epoch'] for row in summary if row['eval_top1']] == ['1', '3', '4']
+    assert all(float(row['train_loss']) > 0 and float(row['lr']) > 0 for row in summary)
+    assert len(summary) == 5
     predictions = rows(files / 'predictions.csv')
     right = sum(row['target'] == row['prediction'] for row in predictions)
     assert 100 * right / len(predictions) == pytest.approx(results[0]['test']['top1'], abs=1e-3)

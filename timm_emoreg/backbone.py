@@ -160,6 +160,10 @@ def _removed(before: dict[str, nn.Module], after: dict[str, nn.Module]) -> list[
     return [before[name] for name in gone if not any(name.startswith(f'{other}.') for other in gone)]
 
 
+def _is_distilled_pair(backbone: nn.Module, classifiers: list[nn.Module]) -> bool:
+    return len(classifiers) == 2 and hasattr(backbone, 'set_distilled_training')
+
+
 @torch.no_grad()
 def put_classifier(bare: nn.Module, weight: Tensor, bias: Tensor) -> nn.Module | None:
     """The reverse of `remove_classifier`: a copy of a backbone with its family's classifier, made one linear map.
@@ -175,7 +179,7 @@ def put_classifier(bare: nn.Module, weight: Tensor, bias: Tensor) -> nn.Module |
     full = copy.deepcopy(bare)
     full.reset_classifier(len(weight))
     roots = _removed(dict(full.named_modules()), dict(bare.named_modules()))
-    if len(roots) != 1 + hasattr(full, 'set_distilled_training') * (len(roots) == 2):
+    if len(roots) != 1 and not _is_distilled_pair(full, roots):
         return None
     for root in roots:
         layers = [m for m in root.modules() if list(m.parameters(recurse=False))]
@@ -204,7 +208,7 @@ def remove_classifier(backbone: nn.Module) -> Classifier:
     drops = [m.p for root in roots for m in root.modules() if isinstance(m, nn.Dropout)]
     drop_rate = backbone.drop_rate if type(backbone).__name__ in LATE_DROPOUT else max(drops, default=0.0)
     linears = [_as_linear(root, width) for root in roots]
-    pair = len(roots) == 2 and hasattr(backbone, 'set_distilled_training')
+    pair = _is_distilled_pair(backbone, roots)
     if None in linears or not (len(roots) == 1 or pair):
         return Classifier(None, None, drop_rate)
     weight, bias = linears[0]
@@ -266,21 +270,18 @@ def _check_keys(state_dict: dict[str, Tensor], model: nn.Module) -> None:
     adapted = get_model_traits(model).get('first_conv') or ()  # timm adapts these to in_chans after the filter
     adapted = {f'{name}.weight' for name in ((adapted,) if isinstance(adapted, str) else adapted)}
     adapted |= {f'{head}.{part}' for head in ('head', 'head_emo') for part in ('weight', 'bias')}
-    for key, value in own.items():
-        if key.startswith('backbone.') and key not in state_dict:
-            why = f'it has no {key!r}'
-        elif key in state_dict and key not in adapted and state_dict[key].shape != value.shape:
-            why = f'its {key!r} has shape {tuple(state_dict[key].shape)}, the model needs {tuple(value.shape)}'
-        else:
-            continue
-        break
-    else:
-        extra = next((k for k in state_dict if k.startswith('backbone.') and k not in own), None)
-        if extra is None:
-            return
-        why = f'the model has no {extra!r}'
-    raise ValueError(f'This is a checkpoint of another architecture or form: {why}. Build the model that it was saved '
-                     'from: the same backbone, small_image, img_size and num_affect.')
+
+    def misfits():
+        for key, value in own.items():
+            if key.startswith('backbone.') and key not in state_dict:
+                yield f'it has no {key!r}'
+            elif key in state_dict and key not in adapted and state_dict[key].shape != value.shape:
+                yield f'its {key!r} has shape {tuple(state_dict[key].shape)}, the model needs {tuple(value.shape)}'
+        yield from (f'the model has no {key!r}' for key in state_dict if key.startswith('backbone.') and key not in own)
+
+    if why := next(misfits(), None):
+        raise ValueError(f'This is a checkpoint of another architecture or form: {why}. Build the model that it was '
+                         'saved from: the same backbone, small_image, img_size and num_affect.')
 
 
 def _fitted_by_family(state_dict: dict[str, Tensor], backbone: nn.Module) -> dict[str, Tensor]:

@@ -88,7 +88,7 @@ def _results(weight: Weight) -> str:
         rows.append(f'| {" | ".join(row)} |')
     text = '\n'.join(rows)
     if weight.target:
-        text += '\n\n' + NO_EVIDENCE
+        text += '\n\n' + ('' if plain else 'No plain backbone was trained beside it. ') + NO_EVIDENCE
     elif not plain:
         if weight.model_args['affect_kind'] == 'ratings':
             text += '\n\nFor comparison: the plain backbone gives no ratings, and any constant answer has CCC 0.'

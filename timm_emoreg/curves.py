@@ -20,7 +20,7 @@ LOSSES = {
 
 
 def _number(cell: str | None) -> float:
-    """A cell of the csv; one that is missing or empty leaves a gap in the curve."""
+    """A cell of training; one that is missing or empty leaves a gap in the curve."""
     return float(cell) if cell else math.nan
 
 
@@ -28,7 +28,8 @@ def draw_curves(summary: str | Path, picture: str | Path, metric: str, title: st
     """Draw ``summary.csv`` of a run to a PNG, which appears as a whole or not at all.
 
     Args:
-        summary: The csv that timm's ``update_summary`` wrote, one row an epoch.
+        summary: The csv that timm's ``update_summary`` wrote, one row per epoch; ``eval_`` cells of an epoch without
+            validation are empty.
         picture: The PNG to write.
         metric: Name of the validation metric, without its prefix ``eval_``; more is better.
         title: Heading.
@@ -51,15 +52,19 @@ def draw_curves(summary: str | Path, picture: str | Path, metric: str, title: st
     figure = Figure(figsize=(3.8 * len(panels), 3.9), layout='constrained')
     axis = dict(zip(panels, figure.subplots(1, len(panels)), strict=True))
     size = 5 if len(epochs) <= 20 else 0  # markers on many epochs would hide the line
-    line = {'markersize': size or 5, 'marker': 'o' if size or len(epochs) == 1 else '', 'color': '#0072B2'}
+
+    def draw(panel: str, name: str, marker: str = 'o', **style) -> None:
+        # --val-interval leaves epochs out, between which the curve goes on
+        shown = [i for i, row in enumerate(rows) if row.get(name) or not name.startswith('eval_')]
+        axis[panel].plot([epochs[i] for i in shown], [column[name][i] for i in shown], markersize=size or 5,
+                         marker=marker if size or len(shown) == 1 else '', **{'color': '#0072B2', **style})
 
     for name, (label, colour, style, marker) in LOSSES.items():
         if name in column:
-            axis['loss'].plot(epochs, column[name], **{**line, 'color': colour, 'marker': marker if size else ''},
-                              linestyle=style, label=label)
+            draw('loss', name, marker, color=colour, linestyle=style, label=label)
     axis['loss'].set_title('loss')
 
-    axis['metric'].plot(epochs, column[f'eval_{metric}'], **line)
+    draw('metric', f'eval_{metric}')
     axis['metric'].set_title(f'validation {metric}')
     judged = [(value, -epoch) for value, epoch in zip(column[f'eval_{metric}'], epochs, strict=True)
               if not math.isnan(value)]
@@ -69,13 +74,13 @@ def draw_curves(summary: str | Path, picture: str | Path, metric: str, title: st
                             label=f'best: {best:.4g} in epoch {-epoch}')
 
     if 'balance' in axis:
-        axis['balance'].plot(epochs, column['train_balance'], **line)
+        draw('balance', 'train_balance')
         axis['balance'].set_title('balance r')
         axis['balance'].set_ylim(-0.03, 1.03)
         axis['balance'].set_yticks([0, 0.25, 0.5, 0.75, 1], ['0: non-emotional', '0.25', '0.5', '0.75', '1: emotional'],
                                    fontsize=8)
 
-    axis['lr'].plot(epochs, column['lr'], **line)
+    draw('lr', 'lr')
     axis['lr'].set_title('learning rate, end of epoch')
     axis['lr'].set_ylim(bottom=0)
 

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from .answers import BATCH, Answers, answer, check_device
 from .checkpoint import CheckpointError
-from .data import DataError, ImageSet, load_stimuli, load_target
+from .data import TARGETS, DataError, ImageSet, load_stimuli, load_target
 from .data.controls import predict_rotation
 from .data.loader import make_loader
 from .emoreg import EmoReg
@@ -161,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument('--stimuli-labels', help="which labels of them, or 'rotation' as in train.py")
     parser.add_argument('--rating-columns', nargs='+', help='rating columns of a csv')
     parser.add_argument('--rating-scale', nargs=2, type=float, metavar=('LOW', 'HIGH'), help='scale of these ratings')
-    parser.add_argument('--dataset', help='cifar10, cifar100, emoji, or a folder (default: that of its stage 2)')
+    parser.add_argument('--dataset', help=f'{", ".join(TARGETS)}, or a folder (default: that of its stage 2)')
     parser.add_argument('--experience', metavar='PATH-or-tag', help='its stage 1, where that lies elsewhere now')
     parser.add_argument('--data-dir', help='data sets (default: the one of the run, $EMOREG_DATA)')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')

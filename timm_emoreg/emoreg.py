@@ -74,6 +74,8 @@ class EmoReg(nn.Module):
         global_pool: Global pooling of the backbone, its own default if None.
         pretrained_backbone: Load the backbone's own pretrained timm weights.
         cache_dir: Where these are cached, the Hub's usual place if None.
+        device: Of all parameters, as in torch.
+        dtype: Of all parameters, as in torch.
         backbone_args: Every other argument goes to the backbone; one it does not know raises ``TypeError``.
 
     Raises:

@@ -219,6 +219,13 @@ def unweighted_average_recall(prediction_index: Tensor, target_index: Tensor, nu
     return _mean_recall(_count_hits(prediction_index, target_index, num_classes))
 
 
+# Rows of RatingEvaluator.state, (6, D)
+MEANS = slice(0, 2)  # of prediction and target
+PRODUCTS = slice(2, 5)  # squared deviations of both, and their product, summed
+MOMENTS = slice(0, 5)  # what `_moments` gives
+ERROR = slice(5, 6)  # sum of squared errors, which derived from the moments would cancel badly
+
+
 def _merge(count_a: int, state_a: Tensor, count_b: int, state_b: Tensor) -> Tensor:
     """Statistics of the union of two disjoint sets of samples (see RatingEvaluator.state).
 
@@ -228,13 +235,13 @@ def _merge(count_a: int, state_a: Tensor, count_b: int, state_b: Tensor) -> Tens
     if not count_a or not count_b:
         return state_a if count_a else state_b
     total = count_a + count_b
-    delta = state_b[:2] - state_a[:2]
+    delta = state_b[MEANS] - state_a[MEANS]
     delta_p, delta_t = delta
     between = torch.stack((delta_p * delta_p, delta_t * delta_t, delta_p * delta_t)) * (count_a * count_b / total)
     return torch.cat((
-        state_a[:2] + delta * (count_b / total),
-        state_a[2:5] + state_b[2:5] + between,
-        state_a[5:] + state_b[5:],
+        state_a[MEANS] + delta * (count_b / total),
+        state_a[PRODUCTS] + state_b[PRODUCTS] + between,
+        state_a[ERROR] + state_b[ERROR],
     ))
 
 
@@ -266,7 +273,7 @@ class RatingEvaluator:
     ):
         if isinstance(names, str) or not names or len(set(names)) != len(names):
             raise ValueError(
-                f'RatingEvaluator: names must be distinct names in a sequence, one a dimension, got {names!r}; '
+                f'RatingEvaluator: names must be distinct names in a sequence, one per dimension, got {names!r}; '
                 "for example ('valence', 'arousal')."
             )
         self.names = tuple(names)
@@ -277,7 +284,6 @@ class RatingEvaluator:
 
     def reset(self) -> None:
         self.num_samples = 0
-        # Rows: the five of _moments, then the sum of squared errors, which derived from them would cancel badly.
         self.state = torch.zeros(6, len(self.names), dtype=wide_dtype(self.device), device=self.device)
 
     @torch.no_grad()
@@ -300,9 +306,9 @@ class RatingEvaluator:
         self.num_samples += count
 
     def _summary(self, count: int, state: Tensor) -> OrderedDict[str, float]:
-        moments, squared_error = state[:5], state[5]
+        moments, squared_error = state[MOMENTS], state[ERROR]
         ccc = _concordance(moments, count)
-        error = (squared_error / max(count, 1)).sqrt()
+        error = (squared_error[0] / max(count, 1)).sqrt()
         # One transfer to the host for all values.
         mean_ccc, pcc, error, *each = torch.cat((
             torch.stack((ccc.mean(), _pearson(moments).mean(), error.mean())), ccc,

@@ -47,8 +47,12 @@ class SettingsError(ValueError):
     """Settings that cannot be trained with."""
 
 
-def flag(name: str) -> str:
-    return '--' + name.replace('_', '-')
+def flag(name: str, value: Any = None) -> str:
+    """A setting as it is written on the command line, with its value if one is given."""
+    if isinstance(value, bool):
+        return f'--{"" if value else "no-"}{name.replace("_", "-")}'
+    words = value if isinstance(value, (list, tuple)) else [] if value is None else [value]
+    return ' '.join((f'--{name.replace("_", "-")}', *map(str, words)))
 
 
 def complete_settings(args: Namespace, given: Collection[str]) -> Namespace:
@@ -111,8 +115,8 @@ def _of_saved_run(args: Namespace, given: Collection[str]) -> Namespace:
         raise SettingsError(f'--resume {args.resume}: holds no args.json, so it is no output folder of this script. '
                             f'Give {above[0] if above else "that of a run, such as output/RUN"}.')
     if other := sorted({*given} - {'resume', *FREE_ON_RESUME}):
-        raise SettingsError(f'{flag(other[0])}: --resume goes on with the settings of the run. Only '
-                            f'{", ".join(map(flag, FREE_ON_RESUME))} can be given beside it.'
+        raise SettingsError(f'{flag(other[0], getattr(args, other[0]))}: --resume goes on with the settings of the '
+                            f'run. Only {", ".join(map(flag, FREE_ON_RESUME))} can be given beside it.'
                             + (' Move or rename the folder of the run instead.' if other[0] in ('experiment', 'output')
                                else ''))
     try:
@@ -187,6 +191,24 @@ def _check_stages(args: Namespace, given: Collection[str]) -> None:
     if args.experiment and (Path(args.experiment).name != args.experiment or args.experiment == '..'):
         raise SettingsError(f'--experiment {args.experiment}: names a folder in --output, and is no path. Give the '
                             'rest of it by --output.')
+    _check_without_stage_1(args)
+    if args.task != 'emoreg' and (late := [name for name in REGULATION if name in given]):
+        raise SettingsError(f'{flag(late[0], getattr(args, late[0]))}: is a choice of the dual head, which --task '
+                            f'{args.task} does not have. Leave it out.')
+    if args.task == 'affect':
+        _check_stage_1_alone(args, given)
+    _check_rehearsal(args)
+    if args.shuffle_stimuli_labels and args.stimuli_labels == 'rotation':
+        raise SettingsError('--shuffle-stimuli-labels leaves nothing of --stimuli-labels rotation, which is a control '
+                            'of its own. Leave one of them out.')
+    if args.rating_scale and not args.rating_columns:
+        raise SettingsError(f'{flag("rating_scale", args.rating_scale)}: is that of --rating-columns. Give both.')
+    if args.experience not in (None, 'none'):
+        _check_given_experience(args)
+
+
+def _check_without_stage_1(args: Namespace) -> None:
+    """The dual head without an experience, and a plain model without stimuli."""
     if args.experience == 'none' and args.task == 'plain':
         raise SettingsError('--experience none: is for the dual head, which --task plain does not have. Leave it out.')
     untaught = [name for name in ('affect_epochs', 'shuffle_stimuli_labels') if getattr(args, name)]
@@ -197,38 +219,37 @@ def _check_stages(args: Namespace, given: Collection[str]) -> None:
     if without and early and not args.stimuli:
         raise SettingsError(f'{flag(early[0])} shapes stage 1, and {without} has no stimuli unless --stimuli names '
                             'some. Give them, or leave it out.')
-    if args.task != 'emoreg' and (late := [name for name in REGULATION if name in given]):
-        raise SettingsError(f'{flag(late[0])}: is a choice of the dual head, which --task {args.task} does not '
-                            'have. Leave it out.')
-    if args.task == 'affect' and 'dataset' in given:
+
+
+def _check_stage_1_alone(args: Namespace, given: Collection[str]) -> None:
+    if 'dataset' in given:
         raise SettingsError(f'--dataset {args.dataset}: is for a classification, and --task affect trains on '
                             '--stimuli. Name the set there, or leave it out.')
+    for name in ('train_images', 'mixup', 'cutmix'):
+        if getattr(args, name):
+            raise SettingsError(f'{flag(name, getattr(args, name))}: is for a classification, and --task affect '
+                                'trains on stimuli. Leave it out.')
+    if args.experience:
+        raise SettingsError('--task affect makes an experience and takes none: leave --experience out.')
+
+
+def _check_rehearsal(args: Namespace) -> None:
     if args.rehearsal and (args.task != 'emoreg' or not args.stimuli):
         raise SettingsError(f'--rehearsal {args.rehearsal} shows --stimuli beside the images of --task emoreg: give '
                             'both.')
-    if args.shuffle_stimuli_labels and args.stimuli_labels == 'rotation':
-        raise SettingsError('--shuffle-stimuli-labels leaves nothing of --stimuli-labels rotation, which is a control '
-                            'of its own. Leave one of them out.')
     if args.rehearsal and args.grad_checkpointing:
         raise SettingsError(f'--rehearsal {args.rehearsal}: --grad-checkpointing would run batch norm over the stimuli '
                             'twice. Leave one of them out.')
-    if args.experience not in (None, 'none'):
-        if args.stimuli and not args.rehearsal:
-            raise SettingsError("--experience is stage 1's result and --stimuli runs stage 1: give one of them, or "
-                                '--rehearsal.')
-        labels = () if args.rehearsal else LABELS_OF_STAGE_1
-        if late := [name for name in (*labels, 'affect_epochs') if getattr(args, name)]:
-            raise SettingsError(f'{flag(late[0])} shapes stage 1, and --experience is its result already: leave one '
-                                'of them out.')
-    if args.rating_scale and not args.rating_columns:
-        raise SettingsError(f'--rating-scale {args.rating_scale}: is that of --rating-columns. Give both.')
-    if args.task == 'affect':
-        for name in ('train_images', 'mixup', 'cutmix'):
-            if getattr(args, name):
-                raise SettingsError(f'{flag(name)} {getattr(args, name)}: is for a classification, and --task affect '
-                                    'trains on stimuli. Leave it out.')
-        if args.experience:
-            raise SettingsError('--task affect makes an experience and takes none: leave --experience out.')
+
+
+def _check_given_experience(args: Namespace) -> None:
+    if args.stimuli and not args.rehearsal:
+        raise SettingsError("--experience is stage 1's result and --stimuli runs stage 1: give one of them, or "
+                            '--rehearsal.')
+    labels = () if args.rehearsal else LABELS_OF_STAGE_1
+    if late := [name for name in (*labels, 'affect_epochs') if getattr(args, name)]:
+        raise SettingsError(f'{flag(late[0])} shapes stage 1, and --experience is its result already: leave one '
+                            'of them out.')
 
 
 def _try_optimizer(args: Namespace, device: str) -> None:
@@ -244,7 +265,7 @@ def _check_recipe(args: Namespace) -> None:
         try:
             json.dumps(getattr(args, name))
         except (TypeError, ValueError) as e:
-            raise SettingsError(f'{flag(name)} {getattr(args, name)}: cannot be kept with the settings ({e}). Use '
+            raise SettingsError(f'{flag(name, getattr(args, name))}: cannot be kept with the settings ({e}). Use '
                                 'numbers, strings and lists.') from e
     if args.opt_kwargs and not args.opt:
         raise SettingsError(f'--opt-kwargs {args.opt_kwargs}: belong to one optimizer. Give --opt, too.')
@@ -285,7 +306,7 @@ def _check_has_effect(args: Namespace, given: Collection[str]) -> None:
             ('cutout', not args.no_aug or not args.cutout, 'with --no-aug. Leave one of them out'),
             ('amp_dtype', args.amp, 'with --no-amp. Leave one of them out')):
         if name in given and not has_effect:
-            raise SettingsError(f'{flag(name)} {getattr(args, name)}: has no effect {remedy}.')
+            raise SettingsError(f'{flag(name, getattr(args, name))}: has no effect {remedy}.')
 
 
 def shapes_stage_1(args: Namespace) -> bool:

@@ -49,7 +49,7 @@ def small_image_args(backbone: str, img_size: int | tuple[int, int]) -> dict[str
         return {}
     if size[0] != size[1] or size[0] % GRID:
         raise ValueError(f'The small-image form of {backbone!r} needs a square image whose side is a multiple of '
-                         f'{GRID}, got {size}. Use 32, 48 or 64.')
+                         f'{GRID} up to {LARGEST_SIZE}, got {size}. Use 32, 48 or 64, for example.')
     return {'patch_size': size[0] // GRID, 'img_size': size}
 
 

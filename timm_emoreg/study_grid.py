@@ -123,9 +123,12 @@ class Run:
         key: Its name, and that of its folder.
         arm: Name of the arm; for stage 1 ``'affect'``, with the control after a colon.
         task: ``'affect'``, ``'plain'`` or ``'emoreg'``.
+        model: Registered name of the model, or of the backbone.
         stimuli: Name of the stimuli, empty for `plain`.
         target: Name of the classification, empty for stage 1.
         train_images: How many of its training images, ``'all'``, or empty for stage 1.
+        seed: Of split, order, weights and augmentation.
+        epochs: Of its stage.
         flags: Of train.py, without paths and machine.
         needs: Key of its stage 1, None if it has none.
     """
