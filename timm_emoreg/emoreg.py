@@ -46,6 +46,15 @@ def _need_pooling(pooled: bool) -> None:
                            'with a pooling gives it and new heads.')
 
 
+def _check_built_arguments(building: dict[str, Any], experience: str) -> None:
+    if building:
+        raise TypeError(f'A built backbone takes no building arguments: {", ".join(building)}. '
+                        'Give them to the backbone, or give its name instead of a model.')
+    if experience == 'separate':
+        raise ValueError("experience='separate' builds the backbone twice and needs its name, "
+                         'not a built model. Give the timm name.')
+
+
 class EmoReg(nn.Module):
     """A timm backbone with emotional regulation.
 
@@ -113,12 +122,7 @@ class EmoReg(nn.Module):
         building = {k: v for k, v in building.items() if v is not None}
         built = isinstance(backbone, nn.Module)
         if built:
-            if building:
-                raise TypeError(f'A built backbone takes no building arguments: {", ".join(building)}. '
-                                'Give them to the backbone, or give its name instead of a model.')
-            if experience == 'separate':
-                raise ValueError("experience='separate' builds the backbone twice and needs its name, "
-                                 'not a built model. Give the timm name.')
+            _check_built_arguments(building, experience)
             self.backbone = backbone
             noted = get_model_args(backbone)  # by `create_backbone`
             small_image = bool(noted.get('small_image'))
@@ -138,13 +142,7 @@ class EmoReg(nn.Module):
         self.experience = experience
         self.small_image = small_image
         self.training_output = 'regulated'
-        # timm keeps the traits that a model declares before the builder adds those of the cfg
-        traits = get_model_traits(self.backbone)
-        streams = ('backbone',) if experience == 'shared' else ('backbone', 'backbone_emo')
-        self._traits = {'img_size': traits.get('img_size'), 'first_conv': prefixed(traits.get('first_conv'), streams),
-                        'fixed_input_size': traits.get('fixed_input_size', False)}
-        if small_image:
-            self._traits['img_size'] = to_2tuple(building.get('img_size') or DEFAULT_SIZE)
+        self._declare_traits(building.get('img_size'))
         classifier = remove_classifier(self.backbone)
         self.backbone_emo = None
         if experience == 'separate':
@@ -177,6 +175,15 @@ class EmoReg(nn.Module):
             args = building if isinstance(backbone, str) else get_model_args(backbone)
             here = ('device', 'dtype', 'pretrained', 'cache_dir')
             update_model_args(self, **{k: v for k, v in args.items() if k not in here}, backbone=name)
+
+    def _declare_traits(self, img_size: int | tuple[int, int] | None) -> None:
+        """What timm asks of a model's input; it keeps what a model declares before its builder adds the cfg's."""
+        traits = get_model_traits(self.backbone)
+        streams = ('backbone',) if self.experience == 'shared' else ('backbone', 'backbone_emo')
+        self._traits = {'img_size': traits.get('img_size'), 'first_conv': prefixed(traits.get('first_conv'), streams),
+                        'fixed_input_size': traits.get('fixed_input_size', False)}
+        if self.small_image:
+            self._traits['img_size'] = to_2tuple(img_size or DEFAULT_SIZE)
 
     def _set_feature_size(self) -> None:
         self.num_features = self.backbone.num_features

@@ -104,6 +104,32 @@ def check(name: str, home: Path = ROOT, run: bool = True) -> list[str]:
 # -- publish -----------------------------------------------------------------------------------------------------------
 
 
+def _upload(api: HfApi, weight: Weight, contents: dict[str, bytes]) -> str:
+    """One commit, fetched again and compared; gives its hash."""
+    operations = [CommitOperationAdd(part, content) for part, content in contents.items()]
+    message = f'{weight.name}, sha256 {weight.sha256[:12]}'
+    commit = api.create_commit(weight.hub_id, operations, commit_message=message).oid
+    with tempfile.TemporaryDirectory() as cache:
+        for part, content in contents.items():
+            back = hf_hub_download(weight.hub_id, part, revision=commit, cache_dir=cache, token=api.token)
+            if Path(back).read_bytes() != content:
+                raise HubError(f'{weight.name}: {part} came back from {weight.hub_id}@{commit} with other bytes. '
+                               'It is neither tagged nor recorded; publish it again.')
+    return commit
+
+
+def _tag(api: HfApi, weight: Weight, tag: str, commit: str) -> None:
+    try:
+        api.create_tag(weight.hub_id, tag=tag, revision=commit)
+    except errors.HfHubHTTPError as e:
+        tagged = {ref.name: ref.target_commit for ref in api.list_repo_refs(weight.hub_id).tags}
+        if e.response.status_code != 409 or tag not in tagged:
+            raise
+        if tagged[tag] != commit:  # the same file under a newer card
+            api.delete_tag(weight.hub_id, tag=tag)
+            api.create_tag(weight.hub_id, tag=tag, revision=commit)
+
+
 def publish(name: str, home: Path = ROOT, push: bool = False, organisation: str | None = None,
             private: bool = False, token: str | None = None) -> Weight:
     """Show what would be published, or publish it: one commit, fetched again and compared, tagged, recorded.
@@ -144,26 +170,11 @@ def publish(name: str, home: Path = ROOT, push: bool = False, organisation: str 
     if not push:
         return weight
     api = HfApi(token=token, library_name='timm_emoreg', library_version=__version__)
+    tag = f'v{__version__}-{weight.sha256[:8]}'
     try:
         api.create_repo(weight.hub_id, private=private, exist_ok=True)
-        operations = [CommitOperationAdd(part, content) for part, content in contents.items()]
-        commit = api.create_commit(weight.hub_id, operations, commit_message=f'{name}, sha256 {weight.sha256[:12]}').oid
-        with tempfile.TemporaryDirectory() as cache:
-            for part, content in contents.items():
-                back = hf_hub_download(weight.hub_id, part, revision=commit, cache_dir=cache, token=token)
-                if Path(back).read_bytes() != content:
-                    raise HubError(f'{name}: {part} came back from {weight.hub_id}@{commit} with other bytes. '
-                                   'It is neither tagged nor recorded; publish it again.')
-        tag = f'v{__version__}-{weight.sha256[:8]}'
-        try:
-            api.create_tag(weight.hub_id, tag=tag, revision=commit)
-        except errors.HfHubHTTPError as e:
-            tagged = {ref.name: ref.target_commit for ref in api.list_repo_refs(weight.hub_id).tags}
-            if e.response.status_code != 409 or tag not in tagged:
-                raise
-            if tagged[tag] != commit:  # the same file under a newer card
-                api.delete_tag(weight.hub_id, tag=tag)
-                api.create_tag(weight.hub_id, tag=tag, revision=commit)
+        commit = _upload(api, weight, contents)
+        _tag(api, weight, tag, commit)
     except (errors.HfHubHTTPError, errors.LocalTokenNotFoundError) as e:
         raise HubError(f'{name}: the Hub refuses: {" ".join(str(e).split())}. Publishing needs a token with write '
                        f'permission for {weight.hub_id.split("/")[0]}: run `hf auth login`.') from e
