@@ -1,7 +1,7 @@
 """Stands for train.py in tests of the study: takes its flags, leaves its files, and learns nothing.
 
 FAKE_FAIL: experiments that end with status 1 before their result. FAKE_WAIT: one that waits for SIGTERM in its first
-attempt and leaves `started` in its folder.
+attempt. FAKE_PIPE: a named pipe by which that one says that it waits.
 """
 import argparse
 import json
@@ -45,6 +45,7 @@ def main():
     if args.experiment == os.environ.get('FAKE_WAIT') and not (folder / 'started').exists():
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         (folder / 'started').touch()
+        Path(os.environ['FAKE_PIPE']).write_text('')  # goes on when somebody reads
         signal.pause()
 
     out = folder / args.task

@@ -96,6 +96,15 @@ def test_table(make_record):
     assert '| 5.5 (8 bits) | research-use-only-ferplus | waits for publication' in table[4]
 
 
+def test_a_card_tells_what_was_trained_beside_the_weight(make_record):
+    weight = make_record(target='cifar10')
+    alone = replace(weight, baseline={})
+    assert 'no control of the labels was trained beside them' in make_card(weight)
+    assert 'No plain backbone was trained beside it. These' not in make_card(weight)
+    assert 'No plain backbone was trained beside it. These numbers are no evidence that' in make_card(alone)
+    assert 'no evidence' not in make_card(make_record())  # of stage 1, which has no classes
+
+
 @pytest.mark.parametrize(('value', 'text'), [
     (0.000417, '0.00042'), (0.00105, '0.0011'), (0.0061, '0.0061'), (0.006100001, '0.0062'), (0.0099999, '0.01'),
     (2e-7, '2e-07')])

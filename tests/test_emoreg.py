@@ -645,17 +645,20 @@ def test_half_precision(backbone, dtype):
     half.load_state_dict(model.state_dict())
     got = half(images().to(dtype))
     assert got.dtype == dtype
-    assert_close(got.float(), want, rtol=0.1, atol=0.1)
+    assert (got.float() - want).norm() < 0.05 * want.norm()
     half.reset_classifier(3)
     assert half.head.weight.dtype == half.head_emo.weight.dtype == dtype
     half.balance = 'learned'
     assert half(images().to(dtype)).dtype == dtype
 
 
-def test_autocast():
+def test_autocast_answers_nearly_as_float32():
     model = stir(create(balance='learned')).eval()
+    want = model(images())
     with torch.autocast('cpu', dtype=torch.bfloat16):
-        assert_close(model(images()).float(), model.float()(images()).float(), rtol=0.1, atol=0.1)
+        got = model(images())
+    assert got.dtype == torch.bfloat16
+    assert (got.float() - want).norm() < 0.05 * want.norm()
 
 
 @both

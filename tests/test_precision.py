@@ -71,5 +71,5 @@ def test_the_probe_compares_the_best_of_each_type(monkeypatch, seconds, faster):
 
 def test_the_probe_draws_no_random_numbers():
     before = torch.get_rng_state()
-    assert faster_in(torch.bfloat16, CPU) in (True, False)
+    faster_in(torch.bfloat16, CPU)
     assert torch.equal(torch.get_rng_state(), before)

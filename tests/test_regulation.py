@@ -21,8 +21,8 @@ def test_the_ends_of_the_balance_are_exact(pairs):
 @given(numbers, numbers, st.floats(0, 1))
 def test_the_balance_lies_between(z, z_emo, r):
     y = regulate(torch.tensor(z), torch.tensor(z_emo), torch.tensor(r)).item()
-    assert math.isclose(y, (1 - r) * z + r * z_emo, rel_tol=1e-5, abs_tol=1.0)
     slack = 1e-6 * (abs(z) + abs(z_emo))
+    assert math.isclose(y, (1 - r) * z + r * z_emo, rel_tol=1e-5, abs_tol=slack)
     assert min(z, z_emo) - slack <= y <= max(z, z_emo) + slack
 
 
@@ -98,3 +98,8 @@ def test_what_cannot_work_is_refused(arguments, message):
     dict(balance=0), dict(balance=1.0, balanced_in='loss'), dict(balance='gate', num_affect=1, affect_kind='ratings')])
 def test_what_works_is_let_through(arguments):
     check_regulation(**{**dict(balance=0.5, num_affect=8, affect_kind='emotion', experience='shared'), **arguments})
+
+
+def test_a_fixed_balance_has_the_precision_of_the_state():
+    assert Balance(0.3, 1)(torch.zeros(1, 1, dtype=torch.bfloat16)).item() == 0.30078125
+    assert Balance(0.3, 1)(torch.zeros(1, 1)).item() == pytest.approx(0.3)

@@ -103,10 +103,9 @@ from timm_emoreg.settings import batch_of_a_step
     (('--task', 'affect', '--balance', '0.5'), '--balance 0.5: is a choice of the dual head, which --task affect'),
     (('--task', 'affect', '--dataset', 'cifar10'), '--dataset cifar10: is for a classification, and --task affect'),
 ])
-def test_flags_that_do_not_fit_are_refused(train, monkeypatch, capsys, argv, message):
-    monkeypatch.setattr(sys, 'argv', ['train.py', *argv])
+def test_flags_that_do_not_fit_are_refused(train, capsys, argv, message):
     with pytest.raises(SystemExit) as stop:
-        train.main()
+        train.parse_args(list(argv))
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
 

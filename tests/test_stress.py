@@ -54,9 +54,9 @@ def kill_at(call: int, module) -> None:
 
 @pytest.mark.parametrize(('kills', 'flags'), [
     (3, ('--task', 'plain', '--epochs', 2)),
-    pytest.param(20, ('--stimuli', 'same', '--epochs', 3, '--balance', 'learned'), marks=pytest.mark.slow),
+    pytest.param(20, ('--stimuli', 'same', '--epochs', 3, '--balance', 'learned'),
+                 marks=[pytest.mark.slow, pytest.mark.timeout(3600)]),
 ])
-@pytest.mark.timeout(3600)
 def test_killed_at_random_moments_a_run_resumes_to_the_numbers_of_the_unbroken_one(tmp_path, folder, kills, flags):
     argv = (*RECIPE, *(folder if flag == 'same' else flag for flag in flags), '--dataset', folder, '--mixup', 0.5,
             '--model-ema', '--output', tmp_path)

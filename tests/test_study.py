@@ -33,6 +33,19 @@ def run(tmp_path, capsys):
     return call
 
 
+@pytest.fixture
+def waiting_run(tmp_path, monkeypatch):
+    """Name the run that is to wait for a signal; gives a function that returns when it does."""
+    pipe = tmp_path / 'begun'
+
+    def name(key):
+        os.mkfifo(pipe)
+        monkeypatch.setenv('FAKE_WAIT', key)
+        monkeypatch.setenv('FAKE_PIPE', str(pipe))
+        return pipe.read_text
+    return name
+
+
 def keys(tmp_path, name='results.csv') -> list[str]:
     return [row['key'] for row in read_rows(tmp_path / 's' / name)]
 
@@ -115,15 +128,14 @@ def test_a_failed_run_is_reported_and_the_others_go_on(run, tmp_path, monkeypatc
     assert command.endswith(f'--resume {tmp_path / "s/runs" / log.stem} --data-dir {tmp_path}')
 
 
-def test_a_stopped_study_goes_on_where_it_was(run, tmp_path, monkeypatch):
+def test_a_stopped_study_goes_on_where_it_was(run, tmp_path, waiting_run):
     slow = 'test_resnet_emoji_cifar10_1000_random_s0'
     arms = ('--arms', 'plain', 'random', 'init', '--seeds', 0)
-    monkeypatch.setenv('FAKE_WAIT', slow)
+    has_begun = waiting_run(slow)
     refused = []
 
     def stop_it():
-        while not (tmp_path / 's/runs' / slow / 'started').exists():
-            pass
+        has_begun()
         try:
             with lock_study(tmp_path / 's'):
                 pass
@@ -156,16 +168,15 @@ def test_a_study_that_is_running_is_not_started_twice(run, tmp_path):
     assert run('--arms', 'plain', '--seeds', 0)[0] == 0
 
 
-def test_a_run_that_was_left_behind_holds_the_lock(tmp_path, monkeypatch):
+def test_a_run_that_was_left_behind_holds_the_lock(tmp_path, waiting_run):
     args = study._parser().parse_args(['run', '--output', 'x', *SMALL, '--affect-epochs', '1', '--arms', 'plain'])
     args.flags = []
     first = study.plan(args)[0][0]
-    monkeypatch.setenv('FAKE_WAIT', first.key)
+    has_begun = waiting_run(first.key)
     (tmp_path / 's/runs').mkdir(parents=True)
     with lock_study(tmp_path / 's') as lock:
         process = Study(tmp_path / 's', FAKE)._start(first, 0, lock)
-        while not (tmp_path / 's/runs' / first.key / 'started').exists():
-            assert process.poll() is None
+        has_begun()
     with pytest.raises(StudyError, match='a run that it left behind is not finished'), lock_study(tmp_path / 's'):
         pass
     process.terminate()
@@ -449,13 +460,11 @@ def test_a_stage_1_without_its_checkpoint_is_named(run, tmp_path):
     assert 'model_best.pth.tar is gone. Bring it back, or remove its row from stage1.csv and ' in err
 
 
-def test_no_run_is_left_behind_by_an_error(run, tmp_path, monkeypatch):
-    monkeypatch.setenv('FAKE_WAIT', 'test_resnet_emoji_cifar10_1000_random_s0')
-    waiting = tmp_path / 's/runs/test_resnet_emoji_cifar10_1000_random_s0/started'
+def test_no_run_is_left_behind_by_an_error(run, tmp_path, monkeypatch, waiting_run):
+    has_begun = waiting_run('test_resnet_emoji_cifar10_1000_random_s0')
 
     def full(*_):
-        while not waiting.exists():
-            pass
+        has_begun()
         raise OSError(28, 'No space left on device')
 
     monkeypatch.setattr(study_runner, 'write_rows', full)

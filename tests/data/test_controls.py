@@ -45,7 +45,7 @@ def test_fewer_images_depend_on_the_seed_and_grow_by_adding():
 @pytest.mark.parametrize('number', [2, 101])
 def test_a_number_that_does_not_fit_is_named(number):
     with pytest.raises(DataError, match=rf'made: {number} training images were asked for. Give a number from 3, one '
-                                        'a class, to 100'):
+                                        'per class, to 100, all there are'):
         fewer_images(splits(LABELS), number, seed=0)
 
 

@@ -112,8 +112,6 @@ def test_both_give_the_same_training_batches_but_for_the_crops(flip, monkeypatch
     monkeypatch.setattr('timm.data.transforms.RandomResizedCropAndInterpolation.__call__', lambda _, image: image)
     kwargs = {'training': True, 'flip': flip, 'cutout': 5, 'seed': 2, 'channels_last': True}
     resident = ResidentLoader(image_set(), SIZE, 4, **CONFIG, **kwargs)
-    if flip != 'random':  # a random crop shifts nothing where there is none, so all is equal
-        assert_equal(epoch(make(**kwargs), 3)[0], epoch(resident, 3)[0])
     assert_equal(epoch(make(**kwargs), 3)[0], epoch(resident, 3)[0])
     assert_equal(epoch(make(**kwargs), 3)[1], epoch(resident, 3)[1])
 

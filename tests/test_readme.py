@@ -1,0 +1,77 @@
+"""What README.md says to type, links to and lists is there as it stands."""
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from timm_emoreg import hub, study
+from timm_emoreg.card_lint import run_snippets
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / 'README.md'
+
+pytestmark = pytest.mark.skipif(not README.is_file(), reason='an installed package has no README beside it')
+
+
+@pytest.fixture(scope='module')
+def text():
+    return README.read_text(encoding='utf-8')
+
+
+def commands(text, program):
+    """The arguments of each call of a program, in tables and blocks."""
+    lines = re.findall(rf'python {re.escape(program)}((?: [^`|\n&]+)?)', text)
+    return [[word for word in shlex.split(line, comments=True) if word != '...'] for line in lines]
+
+
+def test_the_python_blocks_run(text, trained_run):
+    printed = run_snippets(text, {"'output/RUN'": repr(str(trained_run))})
+    assert len(printed) == text.count('```python') == 5
+    assert printed[0] == 'torch.Size([2, 10]) torch.Size([2, 8]) 0.5\n'
+
+
+def test_the_commands_of_train_py_are_taken(text, train, trained_run):
+    calls = [call for call in commands(text, 'train.py') if '--device-modules' not in call]  # that is timm's script
+    assert len(calls) > 12
+    for call in calls:
+        found = [word.replace('output/RUN', str(trained_run)) for word in call]
+        if found:
+            train.parse_args(found)
+
+
+@pytest.mark.parametrize(('module', 'least'), [(study, 2), (hub, 4)])
+def test_the_commands_of_the_package_are_taken(text, module, least):
+    calls = commands(text, f'-m {module.__name__}')
+    for call in calls:
+        module._parser().parse_args(call[:call.index('--')] if '--' in call else call)
+    assert len(calls) >= least
+
+
+def test_every_file_has_its_subject(text):
+    listed = re.findall(r'`(\w+(?:\.py|/))`', text[text.index('| file | subject |'):text.index('## Limits')])
+    package = ROOT / 'timm_emoreg'
+    modules = {p.name for p in package.glob('*.py')} - {'__init__.py'}
+    folders = {f'{p.name}/' for p in package.iterdir() if (p / '__init__.py').is_file()}
+    assert {name for name in listed if name != 'sets.py'} == modules | folders  # sets.py is told within data/
+    assert len(listed) == len(set(listed))
+
+
+@pytest.mark.parametrize('page', ['README.md', 'hub_cards/RESULTS.md', 'hub_cards/WALK.md', 'hub_cards/study/README.md',
+                                  'hub_cards/study/recipes.md'])
+def test_links_lead_somewhere(page):
+    if not (ROOT / page).is_file():
+        pytest.skip('the cards are not part of a source distribution')
+
+    def anchors(path):
+        titles = re.findall(r'^#+ (.*)$', path.read_text(encoding='utf-8'), re.MULTILINE)
+        return {re.sub(r'[^\w\- ]', '', title.lower()).replace(' ', '-') for title in titles}
+
+    here = ROOT / page
+    links = re.findall(r'\]\(([^)]+)\)', here.read_text(encoding='utf-8'))
+    for link in links:
+        if not link.startswith('https://'):
+            path, _, anchor = link.partition('#')
+            target = (here.parent / path).resolve() if path else here
+            assert target.exists(), link
+            assert not anchor or anchor in anchors(target), link
