@@ -159,6 +159,34 @@ def test_a_stopped_study_goes_on_where_it_was(run, tmp_path, waiting_run):
                                 'test_resnet_emoji_cifar10_1000_init_s0': 1}
 
 
+def test_a_second_signal_kills_the_runs(tmp_path, capsys):
+    class Process:
+        returncode = None
+
+        def poll(self):
+            return self.returncode
+
+        def terminate(self):
+            made.signals.append(signal.SIGINT)  # the user again, while the run writes its checkpoint
+
+        def kill(self):
+            self.returncode = -9
+
+    made, run = Study(tmp_path, FAKE), study_grid.Run('a', 'plain', 'plain', 'm', '', 'cifar10', 'all', 0, 1, ())
+    made._waiting = lambda runs: list(runs)
+    made._start = lambda *_: made.signals.append(signal.SIGINT) or Process()
+    assert made.execute([run], lock=0) == 128 + signal.SIGINT
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        'stopping: the runs write a checkpoint first', 'killing the runs',
+        'stopped with 1 run to do. The same command goes on.']
+
+
+@pytest.mark.parametrize(('seconds', 'text'), [(20, 'less than 1 min'), (300, 'about 5 min'),
+                                               (7500, 'about 2 h 05 min')])
+def test_the_time_left_is_told_in_hours_and_minutes(seconds, text):
+    assert study_runner._hours(seconds) == text
+
+
 def test_a_study_that_is_running_is_not_started_twice(run, tmp_path):
     with lock_study(tmp_path / 's'):
         status, _, err = run('--arms', 'plain')

@@ -301,7 +301,8 @@ class Study:
                 process.wait()
             raise
         if self.signals:
-            print(f'stopped with {queue.total - queue.count} runs to do. The same command goes on.', flush=True)
+            left = queue.total - queue.count
+            print(f'stopped with {left} run{"s" * (left != 1)} to do. The same command goes on.', flush=True)
             return 128 + self.signals[0]
         for key, reason in queue.failed.items():
             print(f'failed: {key}: {reason}', file=sys.stderr)
