@@ -260,6 +260,11 @@ def nan(state):
     state['head_affect.bias'][0] = float('nan')
 
 
+def unregistered(result):
+    result.write_text(json.dumps({**json.loads(result.read_text()), 'model': 'resnet10t'}))
+    return result
+
+
 def huge(state):
     state['head_affect.weight'][0] = 1e6
 
@@ -269,13 +274,14 @@ def huge(state):
     (lambda run: [run(seed=1), run(seed=1, folder=run().parents[2] / 'twice')], 'the same seed'),
     (lambda run: [run(model='emoreg_vit_tiny')], 'the runs are of emoreg_vit_tiny.emoji'),
     (lambda run: [run('plain')], 'a plain backbone'),
+    (lambda run: [unregistered(run())], 'resnet10t is no registered architecture .*, such as emoreg_resnet18.'),
     (lambda run: [run(change=nan)], 'head_affect.bias is not finite in float16'),
     (lambda run: [run(change=huge)], r'head_affect.weight is not finite in float16 .*1e\+06'),
     (lambda run: [run(more=['--stimuli', '/my/faces'])], 'are your own, .* For a weight of yours see'),
     (lambda run: [run().parent / 'nothing.json'], 'no result of a run'),
     (lambda run: [run().with_name('model_best.pth.tar')], 'no result of a run'),
 ])
-def test_build_refuses(run, home, runs, words):
+def test_build_refuses_what_cannot_be_released(run, home, runs, words):
     with pytest.raises(HubError, match=words):
         build(NAME, runs(run), home=home, commit=COMMIT)
     assert read_records(home / 'timm_emoreg/assets/weights.json') == {}
@@ -427,6 +433,9 @@ def test_stage_2_of_lost_or_no_stage_1(run, stage_2, home, tmp_path):
                                        'released stage 1'):
         build(STAGE_2, [stage_2(experience='none', folder=tmp_path / 'none')], home=home)
     build(STAGE_2, [result], home=home, commit=COMMIT, experience=NAME)
+    (tmp_path / 'moved/args.json').unlink()
+    with pytest.raises(HubError, match=r'no args\.json one folder up tells what stage 1 showed \(.*\)\. Bring it back'):
+        build(STAGE_2, [result], home=home, experience=str(tmp_path / 'moved'))
     with pytest.raises(HubError, match=f'its experience {STAGE_2} is not the released {NAME}'):
         build(STAGE_2, [stage_2(experience=STAGE_2, folder=tmp_path / 'of-stage-2')], home=home)
 

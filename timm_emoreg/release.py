@@ -156,9 +156,10 @@ def _origin_of_stage_2(run: Run, experience: str | None, place: Checkout) -> Ori
     elif os.path.exists(source):
         found = find_experience(source)
         try:
-            args = json.loads((Path(found.source).resolve().parent.parent / 'args.json').read_text())
+            args = json.loads((Path(found.source).resolve().parent.parent / 'args.json').read_text(encoding='utf-8'))
         except (OSError, ValueError) as e:
-            raise HubError(f'{found.source}: no args.json one folder up tells what stage 1 showed ({e}).') from e
+            raise HubError(f'{found.source}: no args.json one folder up tells what stage 1 showed ({e}). Bring it '
+                           'back from a copy of the run.') from e
         _refuse_control(args, found.source)
         stimuli, labels = _known_stimuli(args)
         base = f'{run.result["model"]}.{stimuli}'
