@@ -102,9 +102,9 @@ def test_what_does_not_belong_together_is_refused():
     trained = build()
     with pytest.raises(DataError, match='the stimuli ask for joy, fear, the affect response of a model gives joy, '):
         affect_quality(trained, stimuli_like(build(names=('joy', 'fear'))), 'cpu')
-    with pytest.raises(DataError, match=r'the images have 4 classes \(cat, .*\), a model answers with 3 others'):
+    with pytest.raises(DataError, match=r'the images: 4 classes \(cat, .*\), where a model answers with 3 others'):
         diagnose(build(num_classes=3), {}, stimuli_like(trained), images())
-    with pytest.raises(DataError, match=r'have 4 classes \(.*\), a model answers with 4 others \(w, x, y, z\)'):
+    with pytest.raises(DataError, match=r'4 classes \(.*\), where a model answers with 4 others \(w, x, y, z\)'):
         diagnose(replace(trained, label_names=tuple('wxyz')), {}, stimuli_like(trained), images())
 
 

@@ -227,7 +227,8 @@ def test_a_model_of_other_classes_is_refused(tmp_path, classifier, capsys):
     (tmp_path / 'set/light').rename(tmp_path / 'set/bright')
     assert main(['--dataset', str(tmp_path / 'set'), '--model', classifier, '-o', str(tmp_path / 'out.png')]) == 2
     err = capsys.readouterr().err
-    assert 'has 2 classes (bright, dark), the model answers with 2 others (dark, light)' in err
+    assert ': 2 classes (bright, dark), where ' in err
+    assert 'answers with 2 others (dark, light). Give the set that it was trained on.' in err
     assert not (tmp_path / 'out.png').exists()
 
 

@@ -35,7 +35,7 @@ from .data.loader import make_loader
 from .emoreg import EmoReg
 from .experience import STIMULI_SETTINGS, find_experience
 from .metrics import affect_evaluator, wide_dtype
-from .trained import Trained, need_affect, some, trained_model
+from .trained import Trained, check_classes, need_affect, trained_model
 from .weights import WeightError
 
 __all__ = ['affect_quality', 'diagnose', 'main', 'similarity', 'with_constant_state']
@@ -124,10 +124,7 @@ def diagnose(trained: Trained, before: dict[str, Tensor], stimuli: ImageSet, ima
         ValueError: If `before` is of another architecture.
     """
     model = trained.model
-    names = images.target.names
-    if len(names) != model.num_classes or (trained.label_names and trained.label_names != names):
-        raise DataError(f'the images have {len(names)} classes ({some(names)}), {trained.source} answers with '
-                        f'{model.num_classes} others ({some(trained.label_names)}). Give the --dataset of its stage 2.')
+    check_classes(trained, images.target.names, 'the images')
     after = affect_quality(trained, stimuli, device)
     alike = {'untrained': similarity(_untrained(model), images, trained.img_size, device),
              'after': similarity(model, images, trained.img_size, device)}

@@ -26,7 +26,7 @@ from .data import DataError, ImageSet, Target, load_target
 from .data.sets import read_picture
 from .image_picture import draw_images
 from .set_picture import draw_set
-from .trained import Trained, need_affect, released_model, some, trained_model
+from .trained import Trained, check_classes, need_affect, released_model, trained_model
 from .weights import WeightError
 
 __all__ = ['main']
@@ -96,10 +96,8 @@ def _look_at_images(args: argparse.Namespace, trained: Trained, pictures: list) 
 
 def _look_at_set(args: argparse.Namespace, trained: Trained) -> None:
     splits = load_target(args.dataset, args.data_dir or trained.data_dir)
-    names, classes = splits.target.names, trained.model.num_classes
-    if classes and (classes != len(names) or (trained.label_names and trained.label_names != names)):
-        raise DataError(f'--dataset {args.dataset}: has {len(names)} classes ({some(names)}), the model answers with '
-                        f'{classes} others ({some(trained.label_names)}). Give the set that it was trained on.')
+    names = splits.target.names
+    check_classes(trained, names, f'--dataset {args.dataset}')
     images = splits.test
     if args.limit is not None and args.limit < len(images):
         images = images.subset(torch.linspace(0, len(images) - 1, args.limit).round().long())

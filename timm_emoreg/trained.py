@@ -22,7 +22,7 @@ from .experience import Experience, find_experience
 from .settings import backbone_args, emoreg_args
 from .trainable import BUILD_ERRORS, reason_of
 
-__all__ = ['Trained', 'need_affect', 'released_model', 'some', 'trained_model']
+__all__ = ['Trained', 'check_classes', 'need_affect', 'released_model', 'trained_model']
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,24 @@ class Trained:
         return f'{name} ({index})' if self.label_names.count(name) > 1 else name
 
 
-def some(names: tuple[str, ...]) -> str:
-    """The first names of a list, for a message."""
-    return ', '.join(names[:5]) + (', ...' if len(names) > 5 else '') if names else 'without names'
+def check_classes(trained: Trained, names: tuple[str, ...], what: str) -> None:
+    """Refuse a set whose classes are not those that the model answers with.
+
+    Args:
+        trained: The model; one without classes is not asked.
+        names: Of the classes of the set.
+        what: The set, for the message.
+
+    Raises:
+        DataError: If they differ in number, or in their names where the model's are known.
+    """
+    def some(names: tuple[str, ...]) -> str:
+        return ', '.join(names[:5]) + (', ...' if len(names) > 5 else '') if names else 'without names'
+
+    classes = trained.model.num_classes
+    if classes and (classes != len(names) or (trained.label_names and trained.label_names != names)):
+        raise DataError(f'{what}: {len(names)} classes ({some(names)}), where {trained.source} answers with {classes} '
+                        f'others ({some(trained.label_names)}). Give the set that it was trained on.')
 
 
 def _no_affect(what: str) -> DataError:
