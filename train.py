@@ -378,7 +378,7 @@ def optimizer_of(args, task: str, model, recipe: dict, epochs: int, updates: int
 
 
 def announce(args, task_name: str, model, splits, stimuli, recipe: dict, chosen: dict[str, str], epochs: int) -> None:
-    """One line that tells what will be trained, and how."""
+    """Tell what will be trained, how, and under which terms the data may be used."""
     first = size_of_epoch(0, epochs, args.start_img_size or args.img_size, args.img_size)
     pixels = f'{first} to {args.img_size}' if first < args.img_size else args.img_size
     kernel = f'{chosen["attention"]} attention, ' if 'attention' in chosen else ''
@@ -386,8 +386,9 @@ def announce(args, task_name: str, model, splits, stimuli, recipe: dict, chosen:
               f'{sum(p.numel() for p in model.parameters()):,} parameters) on {splits.summary()}; {epochs} epochs, '
               f'{recipe["opt"]}, lr {recipe["lr"]:g}, batch {args.whole_batch}, {chosen["precision"]}, {kernel}'
               f'{chosen["loader"]} loader on {args.device}')
+    say(args, f'terms of {splits.name}: {splits.licence}')
     if stimuli is not None:
-        say(args, f'rehearsal: {stimuli.summary()}; weight {args.rehearsal:g}')
+        say(args, f'rehearsal: {stimuli.summary()}; weight {args.rehearsal:g}; terms: {stimuli.licence}')
 
 
 def form_of(model) -> str:

@@ -491,6 +491,7 @@ def test_what_changes_nothing_here_is_said(run, train, watched, folder, monkeypa
     assert '--sync-bn: has no effect in one process; torchrun starts several' in lines
     assert '--amp-dtype float16: is no faster than float32 on this processor, so that is taken' in lines
     assert any(', 32 px, ' in line for line in lines)  # the one epoch has the final size
+    assert f"terms of {folder.name}: the owner's; not known to this project" in lines
     said.clear()
     assert run('--task', 'plain', '--dataset', folder, '--epochs', 2, '--start-img-size', 16, name='two')[0] == 0
     assert any(', 16 to 32 px, ' in call['text'] for call in said)

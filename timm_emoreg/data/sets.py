@@ -178,7 +178,8 @@ def _few(names: Sequence[str]) -> str:
 class Splits:
     """A named set in three parts. `test` is for one look at the end; every choice is made on `validation`.
 
-    `flip_safe` says whether an image keeps its meaning when it is mirrored: a spectrogram does not.
+    `licence` says under which terms the set may be used. `flip_safe` says whether an image keeps its meaning when it is
+    mirrored: a spectrogram does not.
 
     Raises:
         DataError: If a part is empty.
