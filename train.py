@@ -347,12 +347,14 @@ def loaders_of(args, model, splits, stimuli, batch_size: int, chosen: dict[str, 
             flip=args.hflip if splits.flip_safe else 'none', cutout=args.cutout, seed=args.seed,
             channels_last=args.channels_last, workers=args.workers, rank=args.rank, world_size=args.world_size)
 
+    # what is judged comes first: where memory is short, it is other images that go through timm's loader
+    validation, test = (loader_of(splits, part) for part in (splits.validation, splits.test))
     train = loader_of(splits, splits.train, chosen['loader'])
     if args.start_img_size is not None:
         train = ProgressiveLoader(train, args.start_img_size, epochs)
     if stimuli is not None:
         train = RehearsalLoader(train, loader_of(stimuli, stimuli.train, chosen['stimuli_loader']))
-    return train, loader_of(splits, splits.validation), loader_of(splits, splits.test)
+    return train, validation, test
 
 
 def recipe_of(args, task: str, model) -> dict:

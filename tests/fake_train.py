@@ -45,7 +45,7 @@ def main():
     if args.experiment == os.environ.get('FAKE_WAIT') and not (folder / 'started').exists():
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         (folder / 'started').touch()
-        Path(os.environ['FAKE_PIPE']).write_text('')  # goes on when somebody reads
+        Path(os.environ['FAKE_PIPE']).write_text('it waits')
         signal.pause()
 
     out = folder / args.task

@@ -96,6 +96,17 @@ def test_the_gradient_shows_the_corner_that_the_strongest_emotion_depends_on():
     torch.testing.assert_close(second, first.flip(0, 1))
 
 
+def test_the_gradient_is_that_of_the_stream_that_feels():
+    model, x = build(experience='separate').model, torch.rand(2, 3, 32, 32)
+    own = affect_gradient(model, x)
+    with torch.no_grad():
+        for parameter in model.backbone.parameters():
+            parameter.zero_()
+        assert torch.equal(affect_gradient(model, x), own)
+        next(model.backbone_emo.parameters()).mul_(-1)
+        assert not torch.equal(affect_gradient(model, x), own)
+
+
 def test_the_gradient_of_ratings_shows_all_of_them_and_their_sign_does_not_cancel():
     x = torch.zeros(1, 3, 40, 40)
     slope = affect_gradient(corners('ratings', [[1., 0.], [-1., 1.]]), x)[0]

@@ -104,6 +104,8 @@ def test_what_does_not_belong_together_is_refused():
         affect_quality(trained, stimuli_like(build(names=('joy', 'fear'))), 'cpu')
     with pytest.raises(DataError, match=r'the images: 4 classes \(cat, .*\), where a model answers with 3 others'):
         diagnose(build(num_classes=3), {}, stimuli_like(trained), images())
+    with pytest.raises(DataError, match='a model is the result of stage 1 and has no response to images'):
+        diagnose(build(num_classes=0), {}, stimuli_like(trained), images())
     with pytest.raises(DataError, match=r'4 classes \(.*\), where a model answers with 4 others \(w, x, y, z\)'):
         diagnose(replace(trained, label_names=tuple('wxyz')), {}, stimuli_like(trained), images())
 

@@ -228,7 +228,7 @@ def test_a_model_of_other_classes_is_refused(tmp_path, classifier, capsys):
     assert main(['--dataset', str(tmp_path / 'set'), '--model', classifier, '-o', str(tmp_path / 'out.png')]) == 2
     err = capsys.readouterr().err
     assert ': 2 classes (bright, dark), where ' in err
-    assert 'answers with 2 others (dark, light). Give the set that it was trained on.' in err
+    assert 'answers with 2 others (dark, light). Give the set that it was trained on by --dataset.' in err
     assert not (tmp_path / 'out.png').exists()
 
 

@@ -53,7 +53,7 @@ def kill_at(call: int, module) -> None:
 
 
 @pytest.mark.parametrize(('kills', 'flags'), [
-    (3, ('--task', 'plain', '--epochs', 2)),
+    pytest.param(3, ('--task', 'plain', '--epochs', 2), marks=pytest.mark.timeout(600)),
     pytest.param(20, ('--stimuli', 'same', '--epochs', 3, '--balance', 'learned'),
                  marks=[pytest.mark.slow, pytest.mark.timeout(3600)]),
 ])

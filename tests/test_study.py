@@ -4,6 +4,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import select
 import shutil
 import signal
 import threading
@@ -34,7 +35,7 @@ def run(tmp_path, capsys):
 
 
 @pytest.fixture
-def waiting_run(tmp_path, monkeypatch):
+def waiting_run(tmp_path, monkeypatch, request):
     """Name the run that is to wait for a signal; gives a function that returns when it does."""
     pipe = tmp_path / 'begun'
 
@@ -42,7 +43,12 @@ def waiting_run(tmp_path, monkeypatch):
         os.mkfifo(pipe)
         monkeypatch.setenv('FAKE_WAIT', key)
         monkeypatch.setenv('FAKE_PIPE', str(pipe))
-        return pipe.read_text
+        end = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+        request.addfinalizer(lambda: os.close(end))
+
+        def has_begun():
+            assert select.select([end], [], [], 120)[0], 'it did not begin'
+        return has_begun
     return name
 
 
@@ -143,7 +149,7 @@ def test_a_stopped_study_goes_on_where_it_was(run, tmp_path, waiting_run):
             refused.append(str(e))
         os.kill(os.getpid(), signal.SIGINT)
 
-    stopper = threading.Thread(target=stop_it)
+    stopper = threading.Thread(target=stop_it, daemon=True)
     handler = signal.getsignal(signal.SIGINT)
     stopper.start()
     status, out, err = run(*arms)

@@ -870,6 +870,7 @@ def test_stage_2_of_a_registered_model_starts_from_the_released_stage_1(run, tra
 
 def test_a_run_goes_on_under_the_launcher_that_started_it(train, monkeypatch):
     args = argparse.Namespace(distributed=True, world_size=4, output='out', experiment='a b')
+    monkeypatch.delenv('SLURM_PROCID', raising=False)
     monkeypatch.setenv('LOCAL_WORLD_SIZE', '2')
     assert train.resume_command(args) == "torchrun --nproc-per-node 2 train.py --resume 'out/a b'"
     monkeypatch.setenv('SLURM_PROCID', '0')

@@ -108,6 +108,12 @@ def _top1(response: Tensor, target: Tensor) -> float:
     return round(100 * (response.argmax(dim=1) == target).double().mean().item(), 2)
 
 
+def _need_classes(trained: Trained) -> None:
+    if not trained.model.num_classes:
+        raise DataError(f'{trained.source} is the result of stage 1 and has no response to images. Give a run of '
+                        '--task emoreg.')
+
+
 def diagnose(trained: Trained, before: dict[str, Tensor], stimuli: ImageSet, images: ImageSet,
              device: torch.device | str = 'cpu') -> dict[str, Any]:
     """The numbers of one model, which has the affect response of `before` afterwards.
@@ -120,10 +126,12 @@ def diagnose(trained: Trained, before: dict[str, Tensor], stimuli: ImageSet, ima
         device: Where to compute.
 
     Raises:
-        DataError: If the stimuli are not those of the affect response, or the images not those of the heads.
+        DataError: If the stimuli are not those of the affect response, or the images not those of the heads, or if the
+            model has no heads.
         ValueError: If `before` is of another architecture.
     """
     model = trained.model
+    _need_classes(trained)
     check_classes(trained, images.target.names, 'the images')
     after = affect_quality(trained, stimuli, device)
     alike = {'untrained': similarity(_untrained(model), images, trained.img_size, device),
@@ -166,9 +174,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         check_device(args.device)
         trained = need_affect(trained_model(args.run, args.experience))
-        if not trained.model.num_classes:
-            raise DataError(f'{trained.source} is the result of stage 1 and has no response to images. Give a run of '
-                            '--task emoreg.')
+        _need_classes(trained)
         stage_1 = args.experience or trained.experience
         if stage_1 is None:
             raise DataError(f'{args.run}: started from no stage 1 that could be compared with it. Give a run of --task '

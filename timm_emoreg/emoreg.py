@@ -364,8 +364,8 @@ class EmoReg(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """New heads for another number of classes; backbone, affect response, modulation and balance stay.
 
-        Only where the pooled features have another width than before, by their pooling or by pruning, the affect
-        response and modulation are new, too.
+        Only where the pooled features have another width than the affect response reads, and where pruning took it
+        away, affect response and modulation are new, too.
 
         Raises:
             ValueError: For classes without pooling, also where it was taken off before and none is named.
@@ -373,10 +373,12 @@ class EmoReg(nn.Module):
         if num_classes > 0 and (global_pool == '' or (global_pool is None and not self.pooled)):
             raise ValueError(f"global_pool='' or pruning leaves no pooled vector for the {num_classes} classes to "
                              'read. Name a pooling, or use num_classes=0.')
+        width = self.head_hidden_size
         self._change_backbones('reset_classifier', num_classes=0,
                                **({} if global_pool is None else {'global_pool': global_pool}))
         self._set_feature_size()
-        if getattr(self.head_affect, 'in_features', None) != self.head_hidden_size:
+        reads = getattr(self.head_affect, 'in_features', width)  # what a user put in its place may not say
+        if isinstance(self.head_affect, nn.Identity) or reads != self.head_hidden_size:
             self._build_affect()
         self.num_classes = num_classes
         self.head = self._new_head(num_classes)

@@ -51,7 +51,11 @@ def flag(name: str, value: Any = None) -> str:
     """A setting as it is written on the command line, with its value if one is given."""
     if isinstance(value, bool):
         return f'--{"" if value else "no-"}{name.replace("_", "-")}'
-    words = value if isinstance(value, (list, tuple)) else [] if value is None else [value]
+    words = [] if value is None else [value]
+    if isinstance(value, (list, tuple)):
+        words = value
+    elif isinstance(value, dict):
+        words = [f'{key}={each}' for key, each in value.items()]
     return ' '.join((f'--{name.replace("_", "-")}', *map(str, words)))
 
 

@@ -72,7 +72,7 @@ def check_classes(trained: Trained, names: tuple[str, ...], what: str) -> None:
     classes = trained.model.num_classes
     if classes and (classes != len(names) or (trained.label_names and trained.label_names != names)):
         raise DataError(f'{what}: {len(names)} classes ({some(names)}), where {trained.source} answers with {classes} '
-                        f'others ({some(trained.label_names)}). Give the set that it was trained on.')
+                        f'others ({some(trained.label_names)}). Give the set that it was trained on by --dataset.')
 
 
 def _no_affect(what: str) -> DataError:

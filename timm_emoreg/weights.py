@@ -3,7 +3,7 @@
 timm's own path loads a file with a flipped byte or with NaN, fails forever on a truncated file in the cache, and waits
 half a minute for a dead network.
 Here a file is looked for in ``$EMOREG_WEIGHTS``, the package, the Hub's cache and the Hub; size, sha256, names and
-shapes and finite values are checked; then timm gets it as the ``file`` of its own overlay.
+shapes and finite values are checked before `timm_emoreg.factory` hands it to timm.
 """
 from __future__ import annotations
 
