@@ -80,7 +80,7 @@ from timm_emoreg.settings import batch_of_a_step
     (('--model-kwargs', 'drop_rate=0.5'), '--model-kwargs drop_rate=0.5: use --drop instead'),
     (('--model-kwargs', 'img_size=64'), '--model-kwargs img_size=64: use --img-size instead'),
     (('--model-kwargs', 'in_chans=1'), '--model-kwargs in_chans=1: all images are trained on as RGB'),
-    (('--model-kwargs', 'x={1,2}'), '--model-kwargs {\'x\': {1, 2}}: cannot be kept with the settings'),
+    (('--model-kwargs', 'x={1,2}'), '--model-kwargs x={1, 2}: cannot be kept with the settings'),
     (('--opt', 'adamw', '--opt-kwargs', 'weight_decay=0.1'), "--opt-kwargs {'weight_decay': 0.1}: "),
     (('--opt', 'muon', '--opt-kwargs', 'ns_steps=abc'), "--opt-kwargs {'ns_steps': 'abc'}: "),
     (('--opt', 'lookahead_adahessian'), 'adahessian: needs second derivatives, which train.py does not compute'),
