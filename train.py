@@ -347,9 +347,8 @@ def loaders_of(args, model, splits, stimuli, batch_size: int, chosen: dict[str, 
             flip=args.hflip if splits.flip_safe else 'none', cutout=args.cutout, seed=args.seed,
             channels_last=args.channels_last, workers=args.workers, rank=args.rank, world_size=args.world_size)
 
-    # what is judged comes first: where memory is short, it is other images that go through timm's loader
-    validation, test = (loader_of(splits, part) for part in (splits.validation, splits.test))
     train = loader_of(splits, splits.train, chosen['loader'])
+    validation, test = (loader_of(splits, part) for part in (splits.validation, splits.test))
     if args.start_img_size is not None:
         train = ProgressiveLoader(train, args.start_img_size, epochs)
     if stimuli is not None:
