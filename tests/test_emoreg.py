@@ -657,8 +657,7 @@ def test_autocast_answers_nearly_as_float32():
     want = model(images())
     with torch.autocast('cpu', dtype=torch.bfloat16):
         got = model(images())
-    assert got.dtype == torch.bfloat16
-    assert (got.float() - want).norm() < 0.05 * want.norm()
+    assert 0 < (got.float() - want).norm() < 0.05 * want.norm()
 
 
 @both
