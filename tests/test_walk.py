@@ -38,7 +38,6 @@ def python(block: str, session: dict) -> str:
     return out.getvalue()
 
 
-@pytest.mark.timeout(600)
 @pytest.mark.skipif(not WALK.exists(), reason='the cards are not part of a source distribution')
 def test_the_walk_can_be_walked(here):
     blocks = re.findall(r'^```(\w*)\n(.*?)^```$', WALK.read_text(encoding='utf-8'), re.DOTALL | re.MULTILINE)

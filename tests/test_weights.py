@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -309,13 +310,13 @@ def elsewhere(monkeypatch, endpoint):
                         endpoint + '/{repo_id}/resolve/{revision}/{filename}')
 
 
-def test_a_hub_that_hangs_is_given_up(hub, published, tmp_path, monkeypatch, make_record):
+def test_unreachable_network_is_answered_within_5_seconds(hub, published, tmp_path, monkeypatch, make_record):
     monkeypatch.setitem(zoo.WEIGHTS, 'embedded', make_record(GOOD, embedded=True, architecture='emoreg_vit_tiny'))
-    assert weights.ANSWER_WITHIN < 5
-    monkeypatch.setattr(weights, 'ANSWER_WITHIN', 0.4)
     hub.fail('head', loopback_hub.hang, times=9)
+    start = time.perf_counter()
     with pytest.raises(WeightUnreachable, match='cannot be reached') as caught:
         find_file(published, LAYOUT, tmp_path)
+    assert time.perf_counter() - start < 5
     assert 'emoreg_vit_tiny.emoji' in str(caught.value)
     assert 'EMOREG_WEIGHTS' in str(caught.value)
     hub.faults.clear()
@@ -328,9 +329,11 @@ def test_name_that_is_looked_up_forever(published, tmp_path, monkeypatch):
         elsewhere(m, 'http://hub.invalid')
         m.setattr(weights, 'ANSWER_WITHIN', 0.2)
         m.setattr(socket, 'getaddrinfo', lambda *args, **kwargs: ended.wait() or [])
+        start = time.perf_counter()
         try:
             with pytest.raises(WeightUnreachable, match=r'no answer within 0\.2 s'):
                 find_file(published, LAYOUT, tmp_path)
+            assert time.perf_counter() - start < 5
         finally:
             ended.set()
     assert_recovers(published, tmp_path)

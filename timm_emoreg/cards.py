@@ -80,9 +80,8 @@ def _results(weight: Weight) -> str:
               *['plain backbone, same recipe'] * plain]
     rows = [f'| {" | ".join(titles)} |', '|---' * len(titles) + '|']
     for name, values in weight.metrics.items():
-        row = [metric_name(name), _spread({'mean': values['weight'], 'sd': None, 'n': 1}, name)]
-        if several:
-            row = [row[0], row[1].split(' (')[0], _spread(values, name)]
+        one = _spread({'mean': values['weight'], 'sd': None, 'n': 1}, name)
+        row = [metric_name(name), *([one.split(' (')[0], _spread(values, name)] if several else [one])]
         if plain:
             row.append(_spread(weight.baseline[name], name) if name in weight.baseline else '')
         rows.append(f'| {" | ".join(row)} |')
