@@ -47,11 +47,6 @@ from timm.utils import (
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from timm_emoreg.arguments import NamedValues, above, at_least, compiler_backend, share, within
-from timm_emoreg.attention import choose_attention, use_plain_attention
-from timm_emoreg.checkpoint import CheckpointError, load_training_checkpoint, newest_checkpoint, restore_best
-from timm_emoreg.commit import project_commit
-from timm_emoreg.curves import draw_curves
 from timm_emoreg.data import TARGETS, DataError, load_stimuli, load_target
 from timm_emoreg.data.controls import fewer_images, predict_rotation, shuffle_labels
 from timm_emoreg.data.duplicates import check_unseen
@@ -60,19 +55,26 @@ from timm_emoreg.data.progressive import ProgressiveLoader, size_of_epoch
 from timm_emoreg.data.rehearsal import RehearsalLoader
 from timm_emoreg.data.sets import ImageError
 from timm_emoreg.emoreg import create_backbone
-from timm_emoreg.experience import (
+from timm_emoreg.files import write_text
+from timm_emoreg.metrics import wide_dtype
+from timm_emoreg.small_image import small_image_form
+from timm_emoreg.task import AffectTask, EmoRegTask
+from timm_emoreg.training.arguments import NamedValues, above, at_least, compiler_backend, share, within
+from timm_emoreg.training.attention import choose_attention, use_plain_attention
+from timm_emoreg.training.checkpoint import CheckpointError, load_training_checkpoint, newest_checkpoint, restore_best
+from timm_emoreg.training.commit import project_commit
+from timm_emoreg.training.curves import draw_curves
+from timm_emoreg.training.experience import (
     Experience,
     find_experience,
     load_backbone,
     released_experience,
     untrained_experience,
 )
-from timm_emoreg.files import write_text
-from timm_emoreg.metrics import wide_dtype
-from timm_emoreg.optim import MUON, orthogonalize_in_float32, scale_affect_lr, usual_recipe
-from timm_emoreg.peak_memory import peak_memory_gb
-from timm_emoreg.precision import autocast_in, choose_precision, emulates_bfloat16
-from timm_emoreg.processes import (
+from timm_emoreg.training.optim import MUON, orthogonalize_in_float32, scale_affect_lr, usual_recipe
+from timm_emoreg.training.peak_memory import peak_memory_gb
+from timm_emoreg.training.precision import autocast_in, choose_precision, emulates_bfloat16
+from timm_emoreg.training.processes import (
     LaunchError,
     asked_to_stop,
     decided_by_primary,
@@ -80,7 +82,7 @@ from timm_emoreg.processes import (
     lost_another,
     mean_over_processes,
 )
-from timm_emoreg.run_folder import (
+from timm_emoreg.training.run_folder import (
     BusyError,
     DamagedError,
     WriteError,
@@ -92,7 +94,7 @@ from timm_emoreg.run_folder import (
     trim,
     writing,
 )
-from timm_emoreg.settings import (
+from timm_emoreg.training.settings import (
     SettingsError,
     backbone_args,
     batch_of_a_step,
@@ -100,9 +102,14 @@ from timm_emoreg.settings import (
     emoreg_args,
     shapes_stage_1,
 )
-from timm_emoreg.small_image import small_image_form
-from timm_emoreg.task import AffectTask, EmoRegTask
-from timm_emoreg.trainable import BUILD_ERRORS, ModelError, check_takes, check_takes_one, lacks_memory, reason_of
+from timm_emoreg.training.trainable import (
+    BUILD_ERRORS,
+    ModelError,
+    check_takes,
+    check_takes_one,
+    lacks_memory,
+    reason_of,
+)
 
 # -- settings ----------------------------------------------------------------------------------------------------------
 

@@ -2,8 +2,8 @@
 from types import SimpleNamespace
 
 import pytest
-import timm
 import torch
+from small_models import animals, build_trained
 from torch import nn
 
 import timm_emoreg  # noqa: F401  registers the models
@@ -18,31 +18,13 @@ from timm_emoreg.answers import (
     largest_error,
     top_classes,
 )
-from timm_emoreg.data import ImageSet, Target
-from timm_emoreg.trained import Trained
-
-
-def build(backbone='test_resnet', names=('joy', 'fear', 'anger'), num_classes=4, **kwargs):
-    torch.manual_seed(0)
-    model = timm.create_model('emoreg', backbone=backbone, num_classes=num_classes, num_affect=len(names),
-                              img_size=32 if 'vit' in backbone else None, small_image='vit' in backbone,
-                              **{'affect_kind': 'emotion', **kwargs}).eval()
-    for parameter in model.parameters():  # G, S and the gate start at zero
-        if not parameter.any():
-            parameter.data.normal_(std=0.3)
-    return Trained('a model', model, (32, 32), names, ('cat', 'dog', 'cow', 'bee')[:num_classes])
-
-
-def images(n=5, size=32):
-    pixels = torch.randint(0, 256, (n, size, size, 3), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
-    return ImageSet(pixels.numpy(), torch.arange(n) % 4, Target('class', ('cat', 'dog', 'cow', 'bee')))
 
 
 @pytest.mark.parametrize('kwargs', [
     {'balance': 0.3}, {'balance': 'gate'}, {'balance': 'gate', 'experience': 'separate'},
     {'balance': 'learned', 'affect_kind': 'ratings', 'backbone': 'test_vit'}])
 def test_the_answers_are_those_of_the_model(kwargs):
-    trained, shown = build(**kwargs), images()
+    trained, shown = build_trained(**kwargs), animals()
     answers, slopes = answer(trained, shown, gradient=True)
     r = answers.balance[:, None]
     torch.testing.assert_close(answers.regulated, (1 - r) * answers.non_emotional + r * answers.emotional)
@@ -62,13 +44,13 @@ def test_the_answers_are_those_of_the_model(kwargs):
 
 
 def test_a_model_without_classes_answers_with_affect_alone():
-    trained = build(num_classes=0)
-    answers, slopes = answer(trained, images())
+    trained = build_trained(num_classes=0)
+    answers, slopes = answer(trained, animals())
     assert answers.affect.shape == (5, 3)
     assert answers.regulated.shape == (5, 0)
     assert slopes.numel() == 0
     assert set(describe_image(trained, answers, 0)) == {'affect_response', 'affective_state'}
-    assert 'top1' not in describe_set(trained, answers, images().targets, images().target.names)
+    assert 'top1' not in describe_set(trained, answers, animals().targets, animals().target.names)
 
 
 class Corners(nn.Module):
@@ -97,7 +79,7 @@ def test_the_gradient_shows_the_corner_that_the_strongest_emotion_depends_on():
 
 
 def test_the_gradient_is_that_of_the_stream_that_feels():
-    model, x = build(experience='separate').model, torch.rand(2, 3, 32, 32)
+    model, x = build_trained(experience='separate').model, torch.rand(2, 3, 32, 32)
     own = affect_gradient(model, x)
     with torch.no_grad():
         for parameter in model.backbone.parameters():
@@ -157,7 +139,7 @@ def test_changes_are_told_apart_and_sorted():
 
 
 def test_the_numbers_of_a_set():
-    trained, shown = build(balance='gate'), images(8)
+    trained, shown = build_trained(balance='gate'), animals(8)
     answers, _ = answer(trained, shown)
     text = describe_set(trained, answers, shown.targets, shown.target.names)
     right = answers.regulated.argmax(1) == shown.targets

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_answers import build, images
+from small_models import animals, build_trained
 
 from timm_emoreg.answers import answer
 from timm_emoreg.data import DataError, ImageSet, Target, load_target
@@ -22,7 +22,7 @@ def stimuli_like(trained, n=9):
 @pytest.mark.parametrize('kind', ['emotion', 'ratings'])
 @pytest.mark.parametrize('experience', ['shared', 'separate'])
 def test_constant_state_takes_away_what_differs_between_images(kind, experience):
-    trained, shown = build(affect_kind=kind, balance='gate', experience=experience), images()
+    trained, shown = build_trained(affect_kind=kind, balance='gate', experience=experience), animals()
     model, own = trained.model, answer(trained, shown)[0]
     state = torch.tensor([0.2, 0.7, 0.1])
     found = with_constant_state(trained, shown, state, 'cpu')
@@ -50,9 +50,9 @@ def test_quality_is_that_of_stage_1(trained_run, colours):
 
 
 def test_a_model_that_stage_2_left_alone_kept_everything():
-    trained = build()
+    trained = build_trained()
     before = {k: v.clone() for k, v in trained.model.state_dict().items()}
-    found = diagnose(trained, before, stimuli_like(trained), images())
+    found = diagnose(trained, before, stimuli_like(trained), animals())
     assert found['affect']['before'] == found['affect']['after']
     assert found['state']['moved'] == 0
     assert found['similarity']['before'] == found['similarity']['after'] != found['similarity']['untrained']
@@ -61,7 +61,7 @@ def test_a_model_that_stage_2_left_alone_kept_everything():
 
 
 def test_a_model_that_changed_is_compared_with_what_it_was():
-    trained, stimuli, shown = build(), stimuli_like(build()), images()
+    trained, stimuli, shown = build_trained(), stimuli_like(build_trained()), animals()
     before = {k: v.clone() for k, v in trained.model.state_dict().items()}
     then = answer(trained, shown)[0].state
     quality = affect_quality(trained, stimuli, 'cpu')
@@ -79,7 +79,7 @@ def test_a_model_that_changed_is_compared_with_what_it_was():
 
 @pytest.mark.parametrize('experience', ['shared', 'separate'])
 def test_similarity_is_the_mean_cosine_of_different_images(experience):
-    trained, shown = build(experience=experience), images()
+    trained, shown = build_trained(experience=experience), animals()
     model = trained.model
     stream = model.backbone if experience == 'shared' else model.backbone_emo
     mean, std = (torch.tensor(model.pretrained_cfg[k])[:, None, None] for k in ('mean', 'std'))
@@ -93,21 +93,21 @@ def test_similarity_is_the_mean_cosine_of_different_images(experience):
 
 
 def test_features_that_are_all_zero_are_like_no_others():
-    model = build().model
+    model = build_trained().model
     model.backbone.forward_head = lambda features, pre_logits: torch.zeros(len(features), model.num_features)
-    assert similarity(model, images(), (32, 32), 'cpu') == 0
+    assert similarity(model, animals(), (32, 32), 'cpu') == 0
 
 
 def test_what_does_not_belong_together_is_refused():
-    trained = build()
+    trained = build_trained()
     with pytest.raises(DataError, match='the stimuli ask for joy, fear, the affect response of a model gives joy, '):
-        affect_quality(trained, stimuli_like(build(names=('joy', 'fear'))), 'cpu')
+        affect_quality(trained, stimuli_like(build_trained(names=('joy', 'fear'))), 'cpu')
     with pytest.raises(DataError, match=r'the images: 4 classes \(cat, .*\), where a model answers with 3 others'):
-        diagnose(build(num_classes=3), {}, stimuli_like(trained), images())
+        diagnose(build_trained(num_classes=3), {}, stimuli_like(trained), animals())
     with pytest.raises(DataError, match='a model is the result of stage 1 and has no response to images'):
-        diagnose(build(num_classes=0), {}, stimuli_like(trained), images())
+        diagnose(build_trained(num_classes=0), {}, stimuli_like(trained), animals())
     with pytest.raises(DataError, match=r'4 classes \(.*\), where a model answers with 4 others \(w, x, y, z\)'):
-        diagnose(replace(trained, label_names=tuple('wxyz')), {}, stimuli_like(trained), images())
+        diagnose(replace(trained, label_names=tuple('wxyz')), {}, stimuli_like(trained), animals())
 
 
 def test_command(trained_run, colours, capsys):
@@ -148,7 +148,7 @@ def test_stimuli_images_and_stage_1_are_those_of_the_run(trained_run, colours, c
 
 
 def test_every_number_is_of_the_response_and_of_the_weights_that_it_names():
-    trained, stimuli, shown = build(balance='gate'), stimuli_like(build()), images(80)
+    trained, stimuli, shown = build_trained(balance='gate'), stimuli_like(build_trained()), animals(80)
     before = {k: v.clone() for k, v in trained.model.state_dict().items()}
     then = answer(trained, shown)[0]
     with torch.no_grad():

@@ -17,7 +17,7 @@ import pytest
 import torch
 from training_process import SCRIPT, Training, colours
 
-from timm_emoreg import processes
+from timm_emoreg.training import processes
 
 # without batch norm, whose statistics are those of one process's images; SGD, because Adam magnifies rounding
 RECIPE = ('--model', 'test_vit', '--img-size', 32, '-b', 8, '--epochs', 2, '--no-amp', '--no-aug', '--opt', 'sgd',

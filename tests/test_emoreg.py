@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 from backbone_sweep import layer_decay
+from small_models import BACKBONES, create, images, stir
 from timm.data import resolve_model_data_config
 from timm.layers import resample_abs_pos_embed, to_2tuple
 from timm.models import PretrainedCfg, get_model_args, get_model_input_config, group_parameters
@@ -20,33 +21,13 @@ from timm_emoreg import BACKBONES as BACKBONE_OF
 from timm_emoreg import EmoReg, emoreg
 from timm_emoreg.backbone import checkpoint_filter_fn, create_backbone
 
-BACKBONES = {'test_resnet': {}, 'test_vit': {'img_size': 32}}
 both = pytest.mark.parametrize('backbone', BACKBONES)
 HEADS = ('head.', 'head_emo.')
-
-
-def create(backbone='test_resnet', **kwargs) -> EmoReg:
-    torch.manual_seed(0)
-    return timm.create_model('emoreg', backbone=backbone, **{'num_classes': 5, **BACKBONES.get(backbone, {}), **kwargs})
 
 
 def plain_model(backbone='test_resnet', **kwargs):
     torch.manual_seed(0)
     return timm.create_model(backbone, **{'num_classes': 5, **BACKBONES.get(backbone, {}), **kwargs})
-
-
-def images(batch=2, chans=3, size=32):
-    return torch.randn(batch, chans, size, size, generator=torch.Generator().manual_seed(1))
-
-
-def stir(model):
-    """Random values where the model starts at zero, so that every part shows in the output."""
-    torch.manual_seed(2)
-    with torch.no_grad():
-        for part in (model.modulation, model.regulation, model.head_affect):
-            for p in part.parameters() if part is not None else ():
-                p.normal_(std=0.3)
-    return model
 
 
 # -- invariants of the method ------------------------------------------------------------------------------------------

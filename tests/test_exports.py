@@ -2,7 +2,7 @@
 import numpy as np
 import pytest
 import torch
-from test_emoreg import create, images, stir
+from small_models import create, images, stir
 from timm.models import create_model, get_notrace_functions, get_notrace_modules
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 

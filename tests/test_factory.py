@@ -14,7 +14,7 @@ from timm.models import _registry
 import timm_emoreg
 from timm_emoreg import emoreg_resnet, emoreg_vit, zoo
 from timm_emoreg.emoreg import EmoReg
-from timm_emoreg.experience import find_experience
+from timm_emoreg.training.experience import find_experience
 from timm_emoreg.weights import NewHeadsWarning, WeightMismatch, WeightNotFound
 from timm_emoreg.zoo import HUB_FILE
 

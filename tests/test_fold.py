@@ -5,7 +5,7 @@ import sys
 import pytest
 import timm
 import torch
-from test_emoreg import create, images, stir
+from small_models import create, images, stir
 from timm.data import resolve_model_data_config
 from timm.models._hub import save_for_hf
 

@@ -1,8 +1,10 @@
 """Importing the package: what it registers, what it leaves alone, and the one thing that can be wrong with it."""
+import ast
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import timm
 
 import timm_emoreg
@@ -21,6 +23,26 @@ def test_import_registers_the_models():
         'emoreg_vit_base', 'emoreg_vit_large', 'emoreg_vit_small', 'emoreg_vit_tiny']
     assert set(timm_emoreg.BACKBONES) == set(timm.list_models('emoreg_*'))
     assert timm.list_models(module='resnet', filter='emoreg*') == []
+
+
+@pytest.mark.parametrize('room', ['study', 'hub', 'look', 'bench', 'diagnose'])
+def test_nothing_uses_a_command(room):
+    """Each command stands at the top: it uses the package, and neither the package nor another command uses it."""
+    package = ROOT / 'timm_emoreg'
+    for file in package.rglob('*.py'):
+        where = file.relative_to(ROOT).with_suffix('').parts
+        if where[1] == room:
+            continue
+        for node in ast.walk(ast.parse(file.read_text(encoding='utf-8'))):
+            if isinstance(node, ast.ImportFrom):
+                base = where[:len(where) - node.level] if node.level else ()
+                name = '.'.join([*base, *([node.module] if node.module else [])])
+                names = [name, *(f'{name}.{alias.name}' for alias in node.names)]
+            elif isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            else:
+                continue
+            assert not any(f'{name}.'.startswith(f'timm_emoreg.{room}.') for name in names), (file, names)
 
 
 def test_a_torchvision_that_does_not_fit_is_named_with_the_remedy(tmp_path):

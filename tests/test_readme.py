@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from timm_emoreg import hub, study
-from timm_emoreg.card_lint import run_snippets
+from timm_emoreg.hub import command as hub
+from timm_emoreg.hub.card_lint import run_snippets
+from timm_emoreg.study import command as study
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / 'README.md'
@@ -42,19 +43,26 @@ def test_the_commands_of_train_py_are_taken(text, train, trained_run):
 
 @pytest.mark.parametrize(('module', 'least'), [(study, 2), (hub, 4)])
 def test_the_commands_of_the_package_are_taken(text, module, least):
-    calls = commands(text, f'-m {module.__name__}')
+    calls = commands(text, f'-m {module.__package__}')
     for call in calls:
         module._parser().parse_args(call[:call.index('--')] if '--' in call else call)
     assert len(calls) >= least
 
 
+def modules(folder):
+    return {p.name for p in folder.glob('*.py')} - {'__init__.py', '__main__.py'}
+
+
 def test_every_file_has_its_subject(text):
-    listed = re.findall(r'`(\w+(?:\.py|/))`', text[text.index('| file | subject |'):text.index('## Limits')])
+    rows = re.findall(r'^\| `.*', text[text.index('| file | subject |'):text.index('## Limits')], re.MULTILINE)
     package = ROOT / 'timm_emoreg'
-    modules = {p.name for p in package.glob('*.py')} - {'__init__.py'}
+    listed = [name for row in rows for name in re.findall(r'`(\w+(?:\.py|/))`', row.split(' | ')[0])]
     folders = {f'{p.name}/' for p in package.iterdir() if (p / '__init__.py').is_file()}
-    assert {name for name in listed if name != 'sets.py'} == modules | folders  # sets.py is told within data/
-    assert len(listed) == len(set(listed))
+    assert sorted(listed) == sorted(modules(package) | folders)
+    inside = {row[3:row.index('/')]: re.findall(r'`(\w+\.py)`', row) for row in rows if '/` |' in row}
+    assert inside.pop('data') == ['sets.py']  # its readers are told by the table of the sets
+    for name, told in inside.items():
+        assert sorted(told) == sorted(modules(package / name)), name
 
 
 @pytest.mark.parametrize('page', ['README.md', 'hub_cards/RESULTS.md', 'hub_cards/WALK.md', 'hub_cards/study/README.md',

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 
 def test_nothing_is_imported_before_it_is_needed():
     code = f'import sys; sys.path.insert(0, {str(ROOT)!r})\n'
-    for name in ('timm', 'timm_emoreg', 'train', 'timm_emoreg.look'):
+    for name in ('timm', 'timm_emoreg', 'train', 'timm_emoreg.look.command'):
         code += f'before = set(sys.modules)\nimport {name}\nprint(*set(sys.modules) - before)\n'
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
     _, package, script, look = (line.split() for line in done.stdout.splitlines())
@@ -22,5 +22,5 @@ def test_nothing_is_imported_before_it_is_needed():
     assert {name for name in added if not name.startswith('timm_emoreg')} <= {
         name for name in added if name.startswith('timm.optim')}
     assert {name.split('.')[0] for name in script} - sys.stdlib_module_names <= {'timm', 'timm_emoreg', 'train', 'tqdm'}
-    assert 'timm_emoreg.image_picture' in look
+    assert 'timm_emoreg.look.image_picture' in look
     assert not {name for name in look if name.startswith('matplotlib')}

@@ -5,7 +5,7 @@ import pytest
 import timm
 import timm_suite
 import torch
-from test_emoreg import create, images
+from small_models import create, images
 from timm.models import FeatureInfo
 
 import timm_emoreg

@@ -16,11 +16,11 @@ import pytest
 import torch
 from PIL import Image
 
-from timm_emoreg.attention import fused_attentions
-from timm_emoreg.checkpoint import CheckpointError
 from timm_emoreg.data import DataError, load_target
 from timm_emoreg.data.resident import EpochLoader
-from timm_emoreg.run_folder import WriteError
+from timm_emoreg.training.attention import fused_attentions
+from timm_emoreg.training.checkpoint import CheckpointError
+from timm_emoreg.training.run_folder import WriteError
 
 SCRIPT = Path(__file__).parents[1] / 'train.py'
 
@@ -205,7 +205,7 @@ def test_a_resumed_run_ends_with_the_numbers_of_an_unbroken_one(run, train, tmp_
 
 @pytest.mark.parametrize(('amp', 'optimizers'), [('--no-amp', 1), ('--amp', 0)])
 def test_muon_is_set_to_float32_where_the_run_is(run, train, folder, monkeypatch, amp, optimizers):
-    monkeypatch.setattr('timm_emoreg.precision.faster_in', lambda *_: True)
+    monkeypatch.setattr('timm_emoreg.training.precision.faster_in', lambda *_: True)
     found = []
     monkeypatch.setattr(train, 'orthogonalize_in_float32', found.append)
     assert run('--task', 'plain', '--dataset', folder, '--epochs', 1, '--opt', 'sgd', '--img-size', 16, amp)[0] == 0
@@ -214,7 +214,7 @@ def test_muon_is_set_to_float32_where_the_run_is(run, train, folder, monkeypatch
 
 @pytest.mark.parametrize('precision', ['bfloat16', 'float16'])
 def test_16_bit_training_resumes_in_its_precision(run, train, tmp_path, folder, monkeypatch, precision):
-    monkeypatch.setattr('timm_emoreg.precision.faster_in', lambda *_: True)
+    monkeypatch.setattr('timm_emoreg.training.precision.faster_in', lambda *_: True)
     flags = ('--task', 'plain', '--dataset', folder, '--epochs', 2, '--amp', '--amp-dtype', precision,
              '--opt', 'sgd', '--img-size', 16)  # 16 bits are slow on most processors, in Muon above all
     status, (whole,), _ = run(*flags, name='whole')
@@ -236,7 +236,7 @@ def test_16_bit_training_resumes_in_its_precision(run, train, tmp_path, folder, 
     state['args'].seconds += 1000
     torch.save(state, checkpoint)
     # what is fast and free may have changed since
-    monkeypatch.setattr('timm_emoreg.precision.faster_in', lambda *_: False)
+    monkeypatch.setattr('timm_emoreg.training.precision.faster_in', lambda *_: False)
     monkeypatch.setattr('timm_emoreg.data.loader.fits_in_memory', lambda *_: False)
     status, (broken,), _ = run('--resume', tmp_path / 'broken')
     assert (status, broken['precision'], broken['loader']) == (0, precision, 'resident')

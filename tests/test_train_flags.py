@@ -10,7 +10,7 @@ import torch
 
 from timm_emoreg.data import ImageSet, Splits, Target, load_stimuli, load_target
 from timm_emoreg.data.controls import fewer_images, predict_rotation, shuffle_labels
-from timm_emoreg.experience import Experience, untrained_experience
+from timm_emoreg.training.experience import Experience, untrained_experience
 
 ONE = ImageSet([Path('a.png')] * 3, torch.arange(3), Target('class', ('a', 'b', 'c')))
 THREE = Splits('three', ONE, ONE, ONE, 'free')

@@ -15,10 +15,10 @@ from timm.models import save_for_hf
 
 import timm_emoreg  # noqa: F401  registers the models
 from timm_emoreg.answers import answer, describe_set
-from timm_emoreg.checkpoint import CheckpointError
 from timm_emoreg.data import DataError, load_target
 from timm_emoreg.data.loader import make_loader
 from timm_emoreg.trained import need_affect, released_model, trained_model
+from timm_emoreg.training.checkpoint import CheckpointError
 
 
 @pytest.fixture(scope='module')

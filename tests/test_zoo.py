@@ -10,8 +10,8 @@ from timm.models import generate_default_cfgs
 
 import timm_emoreg
 from timm_emoreg import emoreg_resnet, emoreg_vit, zoo
-from timm_emoreg.cards import make_table
 from timm_emoreg.emoreg import backbone_cfg
+from timm_emoreg.hub.cards import make_table
 from timm_emoreg.marks import between_marks
 
 ROOT = Path(timm_emoreg.__file__).parents[1]

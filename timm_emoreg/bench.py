@@ -26,17 +26,17 @@ from torch import nn
 
 import timm_emoreg
 
-from .attention import choose_attention, fused_attentions, use_plain_attention
 from .backbone import create_backbone
 from .data.folders import default_data_dir
 from .data.loader import make_loader
 from .data.sets import ImageSet, Target
 from .files import write_text
 from .fold import fold
-from .optim import orthogonalize_in_float32
-from .precision import autocast_in, choose_precision
 from .small_image import LARGEST_SIZE
 from .task import EmoRegTask
+from .training.attention import choose_attention, fused_attentions, use_plain_attention
+from .training.optim import orthogonalize_in_float32
+from .training.precision import autocast_in, choose_precision
 
 __all__ = ['BENCHES', 'Measurement', 'Skipped', 'compare', 'main', 'peak_memory', 'table']
 

@@ -28,14 +28,14 @@ from timm.models import get_model_args
 from torch import Tensor, nn
 
 from .answers import BATCH, Answers, answer, check_device
-from .checkpoint import CheckpointError
 from .data import TARGETS, DataError, ImageSet, load_stimuli, load_target
 from .data.controls import predict_rotation
 from .data.loader import make_loader
 from .emoreg import EmoReg
-from .experience import STIMULI_SETTINGS, find_experience
 from .metrics import affect_evaluator, wide_dtype
 from .trained import Trained, check_classes, need_affect, trained_model
+from .training.checkpoint import CheckpointError
+from .training.experience import STIMULI_SETTINGS, find_experience
 from .weights import WeightError
 
 __all__ = ['affect_quality', 'diagnose', 'main', 'similarity', 'with_constant_state']

@@ -15,12 +15,12 @@ from torch import nn
 
 from . import BACKBONES, EmoReg, zoo
 from .backbone import create_backbone, without_weights
-from .checkpoint import CheckpointError, judged_state, load_training_checkpoint
 from .data import DataError, Target
 from .data.choices import unknown_choice
-from .experience import Experience, find_experience
-from .settings import backbone_args, emoreg_args
-from .trainable import BUILD_ERRORS, reason_of
+from .training.checkpoint import CheckpointError, judged_state, load_training_checkpoint
+from .training.experience import Experience, find_experience
+from .training.settings import backbone_args, emoreg_args
+from .training.trainable import BUILD_ERRORS, reason_of
 
 __all__ = ['Trained', 'check_classes', 'need_affect', 'released_model', 'trained_model']
 

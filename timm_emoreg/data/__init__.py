@@ -9,8 +9,8 @@ from .choices import unknown_choice
 from .folders import default_data_dir
 from .sets import DataError, ImageSet, Splits, Target
 
-__all__ = ['STIMULI', 'TARGETS', 'DataError', 'ImageSet', 'Splits', 'Target', 'absolute', 'default_data_dir',
-           'load_stimuli', 'load_target', 'stimuli_parts']
+__all__ = ['CONTENT_LABELS', 'STIMULI', 'TARGETS', 'DataError', 'ImageSet', 'Splits', 'Target', 'absolute',
+           'default_data_dir', 'load_stimuli', 'load_target', 'stimuli_parts']
 
 # the first label of each set is its default
 STIMULI = {
@@ -19,6 +19,7 @@ STIMULI = {
     'oasis': ('ratings', 'category'),
     'nemo': ('emotion', 'speaker'),
 }
+CONTENT_LABELS = {'emoji': 'group', 'oasis': 'category', 'nemo': 'speaker'}  # those of STIMULI that are no emotions
 TARGETS = ('cifar10', 'cifar100', 'emoji', 'oasis')
 
 

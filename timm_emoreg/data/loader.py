@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ..free_memory import free_host_memory
+from .free_memory import free_host_memory
 from .resident import EpochLoader, ResidentLoader, resident_bytes
 from .sets import DataError, ImageSet
 

@@ -1,0 +1,1 @@
+"""Does affective pre-training help? The command is ``python -m timm_emoreg.study``."""

@@ -1,0 +1,134 @@
+"""Writing into the output folder of a run: as a whole or not at all, and with one kind of error."""
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shlex
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from timm.utils.summary import trim_summary
+
+from ..files import replacing, write_text
+from .trainable import DEVICE_ERRORS
+
+__all__ = [
+    'BusyError',
+    'DamagedError',
+    'WriteError',
+    'chosen_once',
+    'lock_run',
+    'make_run',
+    'read_json',
+    'remove_empty_run',
+    'trim',
+    'writing',
+]
+
+
+class WriteError(OSError):
+    """The output folder takes no file."""
+
+
+class BusyError(RuntimeError):
+    """Another process works in the output folder."""
+
+
+class DamagedError(ValueError):
+    """A file of a run cannot be read."""
+
+
+def make_run(folder: Path, settings: dict) -> None:
+    """Make a run's folder with its settings in it; a kill leaves no folder that could not be resumed.
+
+    Raises:
+        BusyError: If there is something of that name already.
+        WriteError: If it cannot be made.
+    """
+    part = folder.with_name(f'{folder.name}.{os.getpid()}.part')  # another run may be about to take the name
+    if not folder.exists():
+        with writing(folder):
+            try:
+                part.mkdir(parents=True, exist_ok=True)  # of a killed one whose number came again, as in containers
+                write_text(part / 'args.json', json.dumps(settings, indent=1))
+                part.rename(folder)
+                return
+            except OSError:
+                shutil.rmtree(part, ignore_errors=True)
+                if not folder.exists():
+                    raise
+    raise BusyError(f'{folder} exists. Continue it with --resume {shlex.quote(str(folder))}, or choose another '
+                    '--experiment.')
+
+
+def read_json(path: Path) -> dict:
+    """The object in a file that a run has written.
+
+    Raises:
+        DamagedError: If it cannot be read.
+    """
+    try:
+        content = json.loads(path.read_text(encoding='utf-8'))
+        if not isinstance(content, dict):
+            raise ValueError('no object')
+    except ValueError as e:
+        raise DamagedError(f'{path}: is damaged ({e}). Bring back a copy. A result.json or choices.json may be '
+                           'removed, and the run goes on from its last checkpoint.') from None
+    return content
+
+
+@contextmanager
+def lock_run(folder: Path) -> Iterator[None]:
+    """Keep other processes out of a run's folder, by a lock on its settings that ends with the process.
+
+    Raises:
+        BusyError: If another process is at work there.
+        WriteError: If the settings cannot be opened for writing.
+    """
+    with ExitStack() as stack:
+        with writing(folder):
+            file = stack.enter_context(open(folder / 'args.json', 'r+'))
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BusyError(f'{folder}: another process trains this run. Wait for it, or end it.') from None
+        yield
+
+
+@contextmanager
+def writing(folder: str | Path) -> Iterator[None]:
+    """One kind of error, which names the folder, for all that can fail while files are written."""
+    try:
+        yield
+    except DEVICE_ERRORS:
+        raise
+    except (OSError, RuntimeError) as e:  # torch.save raises RuntimeError where the disk is full
+        raise WriteError(f'{folder}: cannot be written ({str(e).splitlines()[0]}). Make room or make it writable, or '
+                         'choose another --output.') from e
+
+
+def chosen_once(path: Path, choose: Callable[[], dict]) -> dict:
+    """What `choose` gave when it was asked first: it is kept at `path`, so that a resumed run goes by it, too."""
+    if path.is_file():
+        return read_json(path)
+    chosen = choose()
+    with writing(path.parent):
+        write_text(path, json.dumps(chosen))
+    return chosen
+
+
+def remove_empty_run(folder: Path) -> None:
+    """Remove a run's folder that holds its settings and nothing that was trained, so that its name is free again."""
+    if folder.is_dir() and not any(folder.glob('*/*.pth.tar')):
+        shutil.rmtree(folder, ignore_errors=True)  # where it cannot be written, that is the error to tell
+
+
+def trim(summary: Path, epoch: int) -> None:
+    """Drop the rows from `epoch` on, by timm's function, which a kill could interrupt with the file emptied."""
+    if summary.exists():
+        with replacing(summary) as part:
+            shutil.copyfile(summary, part)
+            trim_summary(str(part), epoch)
