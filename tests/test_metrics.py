@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from torch.multiprocessing import start_processes
 
 from timm_emoreg.metrics import (
     EmotionEvaluator,
@@ -449,7 +450,7 @@ def run_rank(rank, folder):
 @pytest.fixture(scope='module')
 def rank_results(tmp_path_factory):
     folder = tmp_path_factory.mktemp('ranks')
-    torch.multiprocessing.spawn(run_rank, args=(str(folder),), nprocs=2)
+    start_processes(run_rank, args=(str(folder),), nprocs=2, start_method='forkserver')
     return [torch.load(folder / f'rank{rank}.pt', weights_only=False) for rank in range(2)]
 
 

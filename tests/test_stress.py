@@ -16,8 +16,8 @@ from training_process import Training, colours
 
 RECIPE = ('--model', 'test_resnet', '--img-size', 32, '-b', 8, '--no-amp', '--device', 'cpu')
 # where the state of a run is made, saved and read back
-WATCHED = ('/train.py', '/checkpoint_saver.py', '/summary.py', '/torch/serialization.py', '/timm_emoreg/checkpoint.py',
-           '/timm_emoreg/data/resident.py')
+WATCHED = ('/train.py', '/checkpoint_saver.py', '/summary.py', '/torch/serialization.py',
+           '/timm_emoreg/training/checkpoint.py', '/timm_emoreg/data/resident.py')
 
 
 @pytest.fixture(scope='module')
