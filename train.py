@@ -47,6 +47,7 @@ from timm.utils import (
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from timm_emoreg.backbone import create_backbone
 from timm_emoreg.data import TARGETS, DataError, load_stimuli, load_target
 from timm_emoreg.data.controls import fewer_images, predict_rotation, shuffle_labels
 from timm_emoreg.data.duplicates import check_unseen
@@ -54,14 +55,19 @@ from timm_emoreg.data.loader import choose_kind, make_loader
 from timm_emoreg.data.progressive import ProgressiveLoader, size_of_epoch
 from timm_emoreg.data.rehearsal import RehearsalLoader
 from timm_emoreg.data.sets import ImageError
-from timm_emoreg.emoreg import create_backbone
-from timm_emoreg.files import write_text
+from timm_emoreg.files import DamagedError, read_json, write_text
 from timm_emoreg.metrics import wide_dtype
 from timm_emoreg.small_image import small_image_form
 from timm_emoreg.task import AffectTask, EmoRegTask
 from timm_emoreg.training.arguments import NamedValues, above, at_least, compiler_backend, share, within
 from timm_emoreg.training.attention import choose_attention, use_plain_attention
-from timm_emoreg.training.checkpoint import CheckpointError, load_training_checkpoint, newest_checkpoint, restore_best
+from timm_emoreg.training.checkpoint import (
+    BEST,
+    CheckpointError,
+    load_training_checkpoint,
+    newest_checkpoint,
+    resume_saver,
+)
 from timm_emoreg.training.commit import project_commit
 from timm_emoreg.training.curves import draw_curves
 from timm_emoreg.training.experience import (
@@ -84,12 +90,10 @@ from timm_emoreg.training.processes import (
 )
 from timm_emoreg.training.run_folder import (
     BusyError,
-    DamagedError,
     WriteError,
     chosen_once,
     lock_run,
     make_run,
-    read_json,
     remove_empty_run,
     trim,
     writing,
@@ -413,6 +417,12 @@ class Stop(Exception):
 received: list[int] = []  # signals since the start
 
 
+def stop(args) -> None:
+    if args.distributed:  # a launcher may kill the one that writes as soon as another has ended
+        torch.distributed.barrier()
+    raise Stop
+
+
 def on_signal(number: int, args) -> None:
     """A signal is heeded at the next update; a second one ends a process that is alone at once, with what it wrote.
 
@@ -509,9 +519,7 @@ def train_epoch(epoch: int, loop: Loop, loader, args) -> dict[str, float]:
                 if loop.saver is not None:
                     with writing(loop.saver.recovery_dir):
                         loop.saver.save_recovery(epoch, step + 1)
-                if args.distributed:  # a launcher may kill the one that writes as soon as another has ended
-                    torch.distributed.barrier()
-                raise Stop
+                stop(args)
     args.first_step, args.sums = 0, {}
     return {name: value / (updates * accumulate) for name, value in mean_over_processes(sums, args).items()}
 
@@ -558,9 +566,8 @@ def restore(args, path: Path, data: str, loop: Loop) -> int:
     epoch = state['epoch'] if args.first_step else state['epoch'] + 1
     loop.scheduler.step_update(num_updates=epoch * loop.updates + args.first_step // args.grad_accum_steps)
     if saver is not None:
-        saver.load_state_dict(state['saver'])
         with writing(path.parent):
-            restore_best(path.parent, saver.best_epoch)
+            resume_saver(saver, state)
     return epoch
 
 
@@ -604,7 +611,41 @@ def train_epochs(args, loop: Loop, model, first_epoch: int, epochs: int, train_l
             + ('; validation ' if judged else '') + ', '.join(f'{k} {v:.4g}' for k, v in scores.items())
             + f'; {time.perf_counter() - began:.0f} s')
         if asked_to_stop(args, received):
-            raise Stop
+            stop(args)
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == 'cuda':
+        return torch.cuda.get_device_name(device)
+    return f'CPU, {torch.get_num_threads()} threads' if device.type == 'cpu' else str(device)
+
+
+def judge(args, task_name: str, loop: Loop, splits, test_loader, experience: Experience | None, out: Path,
+          settings: dict, chosen: dict[str, str], device: torch.device) -> dict:
+    """Look at the test part once, with the best epoch, and write the result."""
+    task = loop.task
+    if args.distributed:
+        torch.distributed.barrier()
+    state = load_training_checkpoint(out / BEST)
+    ema = task.has_ema()
+    task.load_checkpoint_state(state['state_dict_ema' if ema else 'state_dict'], ema=ema)
+    predictions = [] if splits.target.kind == 'class' and not args.distributed else None
+    test = evaluate(task, test_loader, loop.autocast, args, predictions)
+    best = unwrap_model(task.get_eval_model(ema=ema))
+    result = {
+        'task': task_name, 'model': args.model, 'form': form_of(best), 'img_size': args.img_size, 'data': splits.name,
+        'train_images': len(splits.train), 'seed': args.seed, **settings, 'best_epoch': state['epoch'] + 1,
+        'metric': task.create_evaluator().default_metric, 'validation': state['metric'], 'test': dict(test),
+        'balance': best.balance if task_name == 'emoreg' else None,
+        'experience': experience.source if experience else None,
+        'checkpoint': str(out / BEST),
+        'seconds': round(time.perf_counter() - args.start, 1),
+        'peak_memory_gb': round(peak_memory_gb(device), 2), **chosen,
+        'device': device_name(device),
+    }
+    if is_primary(args):
+        write_result(args, out, result, predictions)
+    return result
 
 
 def run_stage(args, task_name: str, splits, device, experience: Experience | None = None, stimuli=None) -> dict:
@@ -615,7 +656,7 @@ def run_stage(args, task_name: str, splits, device, experience: Experience | Non
     out = Path(args.output) / args.experiment / task_name
     if (out / 'result.json').is_file():
         say(args, f'{out}: finished already')
-        return read_json(out / 'result.json') | {'checkpoint': str(out / 'model_best.pth.tar')}  # it may have moved
+        return read_json(out / 'result.json') | {'checkpoint': str(out / BEST)}  # it may have moved
     if is_primary(args):
         with writing(out):
             out.mkdir(exist_ok=True)
@@ -639,7 +680,7 @@ def run_stage(args, task_name: str, splits, device, experience: Experience | Non
     if chosen.get('attention') == 'plain':  # before the task copies the model
         use_plain_attention(model)
     task = build_task(args, task_name, model, splits, device, stimuli)
-    epochs = args.affect_epochs or args.epochs if task_name == 'affect' else args.epochs
+    epochs = (args.affect_epochs or args.epochs) if task_name == 'affect' else args.epochs
     train_loader, validation_loader, test_loader = loaders_of(args, model, splits, stimuli, batch_size, chosen, epochs,
                                                               device)
     recipe = recipe_of(args, task_name, model)
@@ -658,32 +699,8 @@ def run_stage(args, task_name: str, splits, device, experience: Experience | Non
         with writing(out):  # also without a checkpoint: the row of an epoch is written before its first one
             trim(out / 'summary.csv', first_epoch)
     train_epochs(args, loop, model, first_epoch, epochs, train_loader, validation_loader, out)
-
-    # the best epoch, and the one look at the test part
-    if args.distributed:
-        torch.distributed.barrier()
-    state = load_training_checkpoint(out / 'model_best.pth.tar')
-    ema = task.has_ema()
-    task.load_checkpoint_state(state['state_dict_ema' if ema else 'state_dict'], ema=ema)
-    predictions = [] if splits.target.kind == 'class' and not args.distributed else None
-    test = evaluate(task, test_loader, loop.autocast, args, predictions)
-    best = unwrap_model(task.get_eval_model(ema=ema))
-    result = {
-        'task': task_name, 'model': args.model, 'form': form_of(model), 'img_size': args.img_size, 'data': splits.name,
-        'train_images': len(splits.train), 'seed': args.seed, 'epochs': epochs, 'start_img_size': args.start_img_size,
-        'recipe': recipe, 'best_epoch': state['epoch'] + 1,
-        'metric': task.create_evaluator().default_metric, 'validation': state['metric'], 'test': dict(test),
-        'balance': best.balance if task_name == 'emoreg' else None,
-        'experience': experience.source if experience else None,
-        'checkpoint': str(out / 'model_best.pth.tar'),
-        'seconds': round(time.perf_counter() - args.start, 1),
-        'peak_memory_gb': round(peak_memory_gb(device), 2), **chosen,
-        'device': torch.cuda.get_device_name(device) if device.type == 'cuda' else (
-            f'CPU, {torch.get_num_threads()} threads' if device.type == 'cpu' else str(device)),
-    }
-    if is_primary(args):
-        write_result(args, out, result, predictions)
-    return result
+    return judge(args, task_name, loop, splits, test_loader, experience, out, {
+        'epochs': epochs, 'start_img_size': args.start_img_size, 'recipe': recipe}, chosen, device)
 
 
 # -- the stages --------------------------------------------------------------------------------------------------------

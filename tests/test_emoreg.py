@@ -377,6 +377,14 @@ def test_features_only(backbone):
     assert not [n for n, p in one.named_parameters() if p.grad is None]
 
 
+@pytest.mark.parametrize('depth', [4, 14])  # vit_tiny has 12
+def test_features_of_a_backbone_of_another_depth(depth):
+    kwargs = {'features_only': True, 'depth': depth, 'device': 'meta'}
+    model = create('vit_tiny_patch16_224', small_image=True, img_size=64, **kwargs)
+    plain = timm.create_model('vit_tiny_patch16_224', **kwargs)
+    assert model.feature_info.out_indices == plain.feature_info.out_indices == (depth - 3, depth - 2, depth - 1)
+
+
 def test_features_of_a_family_with_other_levels():
     model = create('test_convnext', features_only=True)
     assert len(model(images(size=64))) == len(timm.create_model('test_convnext', features_only=True).feature_info)

@@ -93,9 +93,13 @@ def test_loss_is_balanced_after_the_loss(batch):
 
 
 @pytest.mark.parametrize('balance', ['learned', 'gate'])
-def test_a_trained_balance_in_the_loss_is_refused(balance):
+def test_a_trained_balance_in_the_loss_is_refused(batch, balance):
     with pytest.raises(ValueError, match=f"balance='{balance}' cannot be balanced in the loss.*smaller of the two"):
         EmoRegTask(make(balance=balance), 'loss')
+    task = EmoRegTask(make(balance=0.3), 'loss')
+    task.trainable_module.balance = balance  # one of the first image would have been taken for all
+    with pytest.raises(ValueError, match=f"balance='{balance}' cannot be balanced in the loss"):
+        task.train()(*batch)
     with pytest.raises(ValueError, match="balanced_in='both' is unknown"):
         EmoRegTask(make(), 'both')
     with pytest.raises(ValueError, match='num_classes=0, so there is no response to train'):

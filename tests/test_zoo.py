@@ -10,7 +10,6 @@ from timm.models import generate_default_cfgs
 
 import timm_emoreg
 from timm_emoreg import emoreg_resnet, emoreg_vit, zoo
-from timm_emoreg.emoreg import backbone_cfg
 from timm_emoreg.hub.cards import make_table
 from timm_emoreg.marks import between_marks
 
@@ -56,7 +55,7 @@ def shelf(monkeypatch, make_record):
 
 
 def registered(module):
-    return generate_default_cfgs(zoo.registry_cfgs(module.BACKBONES, backbone_cfg))
+    return generate_default_cfgs(zoo.registry_cfgs(module.BACKBONES))
 
 
 def test_what_waits_is_known_and_not_advertised(shelf):

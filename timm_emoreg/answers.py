@@ -200,6 +200,11 @@ def changed_answers(non_emotional: Tensor, regulated: Tensor, target: Tensor) ->
     return Changes(changed[now], changed[was], changed[~was & ~now])
 
 
+def top1(response: Tensor, target: Tensor) -> float:
+    """Share of right answers in percent: (N, C) responses and (N,) class indices."""
+    return 100 * (response.argmax(dim=1) == target).double().mean().item()
+
+
 def describe_set(trained: Trained, answers: Answers, target: Tensor, names: Sequence[str]) -> dict[str, Any]:
     """The numbers of a data set as plain values; `names` are those of its classes."""
     mean, error = class_affect(answers.state, target, len(names))
@@ -212,7 +217,7 @@ def describe_set(trained: Trained, answers: Answers, target: Tensor, names: Sequ
         r = answers.balance.double()
         changes = changed_answers(answers.non_emotional, answers.regulated, target)
         text |= {
-            'top1': {name: round(100 * (z.argmax(dim=1) == target).double().mean().item(), 2)
+            'top1': {name: round(top1(z, target), 2)
                      for name, z in (('non_emotional', answers.non_emotional), ('emotional', answers.emotional),
                                      ('regulated', answers.regulated))},
             'balance': {'kind': trained.model.regulation.kind, 'mean': round(r.mean().item(), 4),

@@ -15,8 +15,7 @@ from timm.models._input import update_model_args
 from torch import Tensor, nn
 
 from .eight_bit import from_eight_bits
-from .small_image import DEFAULT_SIZE, small_image_args, small_image_stem
-from .zoo import whole_image_cfg
+from .small_image import DEFAULT_SIZE, small_image_args, small_image_stem, whole_image_cfg
 
 __all__ = ['Classifier', 'backbone_cfg', 'check_backbone', 'check_backbone_name', 'checkpoint_filter_fn',
            'create_backbone', 'pooling', 'prefixed', 'put_classifier', 'remove_classifier', 'resized_state',

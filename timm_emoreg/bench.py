@@ -187,12 +187,12 @@ def step(args: argparse.Namespace) -> Iterator[Measurement]:
                           compare(training(build(True, *form), *at), plain, args.rounds), 'at most 1.02')
         separate = training(build(True, *form, experience='separate'), *at)
         yield Measurement(f'training step, separate experience: {title}', 's', compare(separate, plain, args.rounds),
-                     'at most 1.4')
+                          'at most 1.4')
         peaks = [peak_memory(partial(train_anew, emoreg, form, at), args.device) / 1e6 for emoreg in (True, False)]
         yield Measurement(f'peak memory of training: {title}', 'MB', [tuple(peaks)], 'at most 1.02')
         folded = fold(build(True, *form, modulation=False))
         yield Measurement(f'inference, folded: {title}', 's',
-                     compare(inference(folded, *at), inference(build(False, *form), *at), args.rounds), '1.00')
+                          compare(inference(folded, *at), inference(build(False, *form), *at), args.rounds), '1.00')
 
 
 # -- loader ------------------------------------------------------------------------------------------------------------
@@ -232,13 +232,13 @@ def loader(args: argparse.Namespace) -> Iterator[Measurement]:
         finally:
             torch.set_num_threads(threads)
         yield Measurement(f'loader, 32 px: {what}', 'images/s', [(len(images) / a, len(images) / b) for a, b in pairs],
-                     'at least 20' if workers == 0 else '')
+                          'at least 20' if workers == 0 else '')
     if args.device.type == 'cuda':
         net = ('resnet18', 32, True)
         fed = training(build(False, *net), 32, batch, args, batches=resident)
         alone = training(build(False, *net), 32, batch, args, batches=[next(iter(resident))] * len(resident))
         yield Measurement('training steps, resnet18, 32 px: with the resident loader over without', 's',
-                     compare(fed, alone, args.rounds), 'at most 1.03')
+                          compare(fed, alone, args.rounds), 'at most 1.03')
 
 
 # -- muon --------------------------------------------------------------------------------------------------------------
@@ -259,7 +259,7 @@ def muon(args: argparse.Namespace) -> Iterator[Measurement]:
                 orthogonalize_in_float32(optimizer)
             updates.append(optimizer.step)
         yield Measurement(f'update of Muon without 16-bit instructions: {backbone}', 's', compare(*updates, args.runs),
-                     'at most 1')
+                          'at most 1')
 
 
 # -- attention ---------------------------------------------------------------------------------------------------------
@@ -276,7 +276,7 @@ def attention(args: argparse.Namespace) -> Iterator[Measurement]:
         use_plain_attention(plain)
         calls = [training(model, size, batch, args) for model in (plain, fused)]
         yield Measurement(f'training step, plain attention: {backbone}, {size} px, batch {batch}', 's',
-                     compare(*calls, args.rounds), 'at most 1')
+                          compare(*calls, args.rounds), 'at most 1')
     if not found:
         raise Skipped(f'on {args.device} in {args.precision} train.py uses attention as timm has it')
 
@@ -358,8 +358,8 @@ def train(args: argparse.Namespace) -> Iterator[Measurement]:
                     raise Skipped(f'{command[1]} printed {len(ends)} lines {end!r}, expected 3')
                 sides.append(images / (ends[2] - ends[0]) * 2)
     yield Measurement('train.py, images trained on and evaluated: resnet18, stock stem, CIFAR-10, 32 px', 'images/s',
-                 list(zip(sides[::2], sides[1::2], strict=True)),
-                 f'at least {3 if args.device.type == "cuda" else 1.5}')
+                      list(zip(sides[::2], sides[1::2], strict=True)),
+                      f'at least {3 if args.device.type == "cuda" else 1.5}')
 
 
 def startup(args: argparse.Namespace) -> Iterator[Measurement]:
@@ -373,7 +373,8 @@ def startup(args: argparse.Namespace) -> Iterator[Measurement]:
                 # timm's line comes after the first batch, and tells what that took
                 sides.append(seconds - sum(map(float, re.match(first, line).groups())))
     yield Measurement('train.py, from its start to the first batch: resnet18, stock stem, CIFAR-10, 32 px', 's',
-                 list(zip(sides[::2], sides[1::2], strict=True))[1:], 'at most 1')  # the first ones fill the caches
+                      list(zip(sides[::2], sides[1::2], strict=True))[1:],  # the first ones fill the caches
+                      'at most 1')
 
 
 def import_(args: argparse.Namespace) -> Iterator[Measurement]:
@@ -383,7 +384,7 @@ def import_(args: argparse.Namespace) -> Iterator[Measurement]:
     # the first one also reads the files from the disk
     seconds = [output([sys.executable, '-c', code])[-1][1].split() for _ in range(args.rounds + 1)][1:]
     yield Measurement('import of timm and timm_emoreg over timm', 's', [(float(a), float(b)) for a, b in seconds],
-                 '0.15 s more')
+                      '0.15 s more')
 
 
 def compile_(args: argparse.Namespace) -> Iterator[Measurement | str]:
@@ -392,7 +393,7 @@ def compile_(args: argparse.Namespace) -> Iterator[Measurement | str]:
         calls = (training(build(emoreg, backbone, size, small), size, batch, args, compiled=True)
                  for emoreg in (True, False))
         yield Measurement(f'compiled training step: {backbone}, {size} px, batch {batch}', 's',
-                     compare(*calls, args.rounds), 'at most 1.02')
+                          compare(*calls, args.rounds), 'at most 1.02')
     if not TRAIN.is_file():
         raise Skipped(f'{TRAIN} is not there; run it in a checkout of the project')
     with tempfile.TemporaryDirectory() as folder:

@@ -27,7 +27,7 @@ from timm.data import resolve_model_data_config
 from timm.models import get_model_args
 from torch import Tensor, nn
 
-from .answers import BATCH, Answers, answer, check_device
+from .answers import BATCH, Answers, answer, check_device, top1
 from .data import TARGETS, DataError, ImageSet, load_stimuli, load_target
 from .data.controls import predict_rotation
 from .data.loader import make_loader
@@ -104,10 +104,6 @@ def _untrained(model: EmoReg) -> EmoReg:
         return timm.create_model(model.pretrained_cfg['architecture'], **get_model_args(model))
 
 
-def _top1(response: Tensor, target: Tensor) -> float:
-    return round(100 * (response.argmax(dim=1) == target).double().mean().item(), 2)
-
-
 def _need_classes(trained: Trained) -> None:
     if not trained.model.num_classes:
         raise DataError(f'{trained.source} is the result of stage 1 and has no response to images. Give a run of '
@@ -149,10 +145,10 @@ def diagnose(trained: Trained, before: dict[str, Tensor], stimuli: ImageSet, ima
         'state': {'moved': round((own.state - then.state).abs().mean().item(), 4),
                   'sd_before': round(then.state.std(dim=0, correction=0).mean().item(), 4),
                   'sd_after': round(own.state.std(dim=0, correction=0).mean().item(), 4)},
-        'constant_state': {'top1': _top1(constant.regulated, target),
+        'constant_state': {'top1': round(top1(constant.regulated, target), 2),
                            'changed': int((constant.regulated.argmax(1) != own.regulated.argmax(1)).sum())},
-        'top1': {'non_emotional': _top1(own.non_emotional, target), 'emotional': _top1(own.emotional, target),
-                 'regulated': _top1(own.regulated, target)},
+        'top1': {name: round(top1(getattr(own, name), target), 2)
+                 for name in ('non_emotional', 'emotional', 'regulated')},
         'balance': {'mean': round(own.balance.mean().item(), 4),
                     'sd': round(own.balance.std(correction=0).item(), 4)}}
 

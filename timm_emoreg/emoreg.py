@@ -1,12 +1,12 @@
 """EmoReg: timm's model contract around a backbone and the dual head."""
 # No postponed annotations here: torch.fx copies them into its code, where TorchScript could not resolve a string.
+import inspect
 import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from timm.layers import get_device_dtype, to_2tuple
 from timm.models import (
@@ -37,7 +37,7 @@ from .eight_bit import SCALE
 from .regulation import AffectiveState, Balance, Modulation, Responses, check_regulation, regulate
 from .small_image import DEFAULT_SIZE
 
-__all__ = ['EmoReg', 'backbone_cfg', 'create_backbone', 'create_emoreg']
+__all__ = ['EmoReg', 'create_emoreg']
 
 
 def _need_pooling(pooled: bool) -> None:
@@ -293,9 +293,9 @@ class EmoReg(nn.Module):
         h = self.backbone.forward_head(x, pre_logits=True)
         if pre_logits:
             return h
+        if self.num_classes > 0:
+            _need_pooling(self.pooled)
         if not self.pooled:
-            if self.num_classes > 0:
-                _need_pooling(self.pooled)
             return h
         if self.backbone_emo is not None:
             raise RuntimeError("With experience='separate' the regulated response needs the image: call forward(x).")
@@ -324,6 +324,13 @@ class EmoReg(nn.Module):
         return self.head_affect(self._features(x) if self.backbone_emo is None else self._features_of_experience(x))
 
     def forward(self, x: Tensor) -> Tensor:
+        """The regulated response y, (B, num_classes), of images (B, in_chans, H, W).
+
+        To a training task it gives what `set_training_output` chose; TorchScript knows one type alone, that of y.
+
+        Raises:
+            RuntimeError: With classes, without pooling.
+        """
         if not torch.jit.is_scripting():
             if self.training_output == 'affect':
                 return self.forward_affect(x)
@@ -549,7 +556,11 @@ class EmoReg(nn.Module):
 
 
 def create_emoreg(variant: str, backbone: str, pretrained: bool = False, **kwargs: Any) -> EmoReg:
-    """Build a registered variant through timm's builder; the arguments are those of `EmoReg`."""
+    """Build a registered variant through timm's builder; the arguments are those of `EmoReg`.
+
+    Returns:
+        The model, or with ``features_only=True``, as everywhere in timm, its ``FeatureGetterNet`` around one.
+    """
     if kwargs.get('small_image'):
         # timm's builder would fill in the size that the cfg of a fixed-size backbone has, which is a large one
         kwargs.setdefault('img_size', DEFAULT_SIZE)
@@ -557,10 +568,12 @@ def create_emoreg(variant: str, backbone: str, pretrained: bool = False, **kwarg
         # the weights of the whole model follow; an exported model remembers what it once started from
         kwargs.pop('pretrained_backbone', None)
     feature_cfg = {'feature_cls': 'getter'}
-    if kwargs.get('features_only'):
-        # the levels that the bare backbone gives by default; they are a matter of the family
+    if kwargs.get('features_only') and kwargs.get('out_indices') is None:
+        # the levels that the bare backbone gives by default; they are a matter of the family and of its arguments
+        own = {**inspect.signature(EmoReg).parameters, **inspect.signature(build_model_with_cfg).parameters}
+        form = {k: v for k, v in kwargs.items() if k not in own}
         with torch.device('meta'):
-            plain = timm.create_model(backbone, features_only=True)
+            plain = create_backbone(backbone, kwargs.get('small_image', False), kwargs.get('img_size'), **form)
         feature_cfg['out_indices'] = tuple(plain.feature_info.out_indices)
     # timm's builder keeps the cache for the weights of the whole model
     model_cls = partial(EmoReg, cache_dir=kwargs.get('cache_dir')) if kwargs.get('pretrained_backbone') else EmoReg

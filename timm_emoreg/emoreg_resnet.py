@@ -5,7 +5,7 @@ from typing import Any
 
 from timm.models import generate_default_cfgs, register_model
 
-from .emoreg import EmoReg, backbone_cfg
+from .emoreg import EmoReg
 from .factory import create
 from .zoo import registry_cfgs
 
@@ -19,7 +19,7 @@ BACKBONES = {
     'emoreg_resnet152': 'resnet152',
 }
 
-default_cfgs = generate_default_cfgs(registry_cfgs(BACKBONES, backbone_cfg))
+default_cfgs = generate_default_cfgs(registry_cfgs(BACKBONES))
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> EmoReg:

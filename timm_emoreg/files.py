@@ -1,12 +1,17 @@
-"""Writing files that appear as a whole or not at all, and telling one from another."""
+"""Writing files that appear as a whole or not at all, reading them back, and telling one from another."""
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ['replacing', 'sha256_of', 'write_text']
+__all__ = ['DamagedError', 'read_json', 'replacing', 'sha256_of', 'write_text']
+
+
+class DamagedError(ValueError):
+    """A file that was written as a whole cannot be read."""
 
 
 @contextmanager
@@ -25,6 +30,22 @@ def write_text(path: Path, text: str) -> None:
     """Write a text in UTF-8."""
     with replacing(path) as part:
         part.write_text(text, encoding='utf-8')
+
+
+def read_json(path: Path) -> dict:
+    """The object in a file that a run has written.
+
+    Raises:
+        DamagedError: If it cannot be read.
+    """
+    try:
+        content = json.loads(path.read_text(encoding='utf-8'))
+        if not isinstance(content, dict):
+            raise ValueError('no object')
+    except ValueError as e:
+        raise DamagedError(f'{path}: is damaged ({e}). Bring back a copy. A result.json or choices.json may be '
+                           'removed, and the run goes on from its last checkpoint.') from None
+    return content
 
 
 def sha256_of(path: Path) -> str:

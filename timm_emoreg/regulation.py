@@ -23,7 +23,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-__all__ = ['AffectiveState', 'Balance', 'Modulation', 'Responses', 'check_regulation', 'regulate']
+__all__ = ['AffectiveState', 'Balance', 'Modulation', 'Responses', 'check_balanced_in', 'check_regulation',
+           'regulate']
 
 AFFECT_KINDS = ('emotion', 'ratings')
 EXPERIENCES = ('shared', 'separate')
@@ -121,6 +122,18 @@ class Balance(nn.Module):
         return f'{self.kind} {self.number}' if self.kind == 'fixed' else self.kind
 
 
+def check_balanced_in(balance: float | str, balanced_in: str) -> None:
+    """Refuse to balance a learned or gated balance in the loss.
+
+    Raises:
+        ValueError: If that is what is asked for.
+    """
+    if balanced_in == 'loss' and isinstance(balance, str):
+        raise ValueError(
+            f"balance={balance!r} cannot be balanced in the loss: (1 - r) CE(z) + r CE(z') would only teach r to "
+            "pick the smaller of the two losses. Use balanced_in='prediction', or a fixed number.")
+
+
 def check_regulation(
         balance: float | str,
         num_affect: int,
@@ -147,11 +160,11 @@ def check_regulation(
     if isinstance(balance, str):
         if balance not in ('learned', 'gate'):
             raise ValueError(f"balance={balance!r} is unknown, expected a number in [0, 1], 'learned' or 'gate'.")
-        if balanced_in == 'loss':
-            raise ValueError(
-                f"balance={balance!r} cannot be balanced in the loss: (1 - r) CE(z) + r CE(z') would only teach r to "
-                "pick the smaller of the two losses. Use balanced_in='prediction', or a fixed number.")
-    elif isinstance(balance, bool) or not (isinstance(balance, Real) and 0 <= balance <= 1):
+        check_balanced_in(balance, balanced_in)
+    elif isinstance(balance, bool) or not isinstance(balance, Real):
+        raise ValueError(f'balance={balance!r} is a {type(balance).__name__}. Give a number in [0, 1], '
+                         "'learned' or 'gate'.")
+    elif not 0 <= balance <= 1:
         raise ValueError(f'balance={balance!r} is outside [0, 1]: 0 is the non-emotional response alone, '
                          "1 the emotionally-influenced one. Give a number between them, 'learned' or 'gate'.")
     for name, weight in (('keep_affect', keep_affect), ('rehearsal', rehearsal)):

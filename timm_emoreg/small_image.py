@@ -9,7 +9,7 @@ from timm.models.resnet import ResNet
 from torch import nn
 
 __all__ = ['DEFAULT_SIZE', 'GRID', 'LARGEST_SIZE', 'has_small_image_form', 'small_image_args', 'small_image_form',
-           'small_image_stem']
+           'small_image_stem', 'whole_image_cfg']
 
 DEFAULT_SIZE = 32
 LARGEST_SIZE = 64
@@ -51,6 +51,15 @@ def small_image_args(backbone: str, img_size: int | tuple[int, int]) -> dict[str
         raise ValueError(f'The small-image form of {backbone!r} needs a square image whose side is a multiple of '
                          f'{GRID} up to {LARGEST_SIZE}, got {size}. Use 32, 48 or 64, for example.')
     return {'patch_size': size[0] // GRID, 'img_size': size}
+
+
+def whole_image_cfg(input_size: tuple[int, int, int]) -> dict[str, Any]:
+    """What a pretrained cfg says of a model that is made for whole images of one size: (channels, height, width).
+
+    Oblong images are squashed to that size, as in the training.
+    """
+    return {'input_size': tuple(input_size), 'pool_size': None, 'crop_pct': 1.0, 'crop_mode': 'squash',
+            'interpolation': 'bicubic', 'test_input_size': None, 'test_crop_pct': None}
 
 
 def small_image_stem(model: nn.Module) -> bool:

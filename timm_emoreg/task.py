@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .data import Target
 from .emoreg import EmoReg
 from .metrics import EmotionEvaluator, RatingEvaluator, affect_evaluator, concordance
-from .regulation import check_regulation, regulate
+from .regulation import check_balanced_in, check_regulation, regulate
 
 __all__ = ['AffectTask', 'ConcordanceLoss', 'EmoRegTask']
 
@@ -80,6 +80,7 @@ class AffectTask(ClassificationTask):
         names: Name of each affect output.
         smoothing: Label smoothing, ``'class'`` only.
         device: Device for task tensors.
+        verbose: Whether timm's base class logs what the task is made of.
 
     Raises:
         ValueError: If the model's affect response does not fit the target, or the model has ``experience='separate'``.
@@ -142,6 +143,7 @@ class EmoRegTask(ClassificationTask):
         criterion: Loss function. Created from `criterion_kwargs` by timm when None.
         criterion_kwargs: Arguments for ``timm.loss.create_classification_loss``.
         device: Device for task tensors.
+        verbose: Whether timm's base class logs what the task is made of.
 
     Raises:
         ValueError: For a learned or gated balance in the loss, a model without classes, a `keep_affect` or `rehearsal`
@@ -207,7 +209,8 @@ class EmoRegTask(ClassificationTask):
             and ``loss_rehearsal``.
 
         Raises:
-            ValueError: If there are stimuli without a weight of their rehearsal, or in training a weight without them.
+            ValueError: If there are stimuli without a weight of their rehearsal, or in training a weight without them;
+                if the balance, which a model may change, has become one that cannot be balanced in the loss.
         """
         if (stimuli is not None) != bool(self.rehearsal) and (self.training or stimuli is not None):
             raise ValueError(f'rehearsal={self.rehearsal!r} and stimuli belong together: give both, or neither.')
@@ -219,7 +222,10 @@ class EmoRegTask(ClassificationTask):
         with torch.set_grad_enabled(self.balanced_in == 'loss' and torch.is_grad_enabled()):
             loss_z, loss_emo = self.criterion(z, target), self.criterion(z_emo, target)
         if self.balanced_in == 'loss':
-            loss = regulate(loss_z, loss_emo, r[0, 0])
+            kind = unwrap_model(self.trainable_module).regulation.kind
+            if kind != 'fixed':
+                check_balanced_in(kind, self.balanced_in)
+            loss = regulate(loss_z, loss_emo, r[0, 0])  # the same for each image
         else:
             loss = self.criterion(output, target)
         result = {'loss': loss, 'output': output, 'loss_non_emotional': loss_z.detach(),

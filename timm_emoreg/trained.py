@@ -17,7 +17,8 @@ from . import BACKBONES, EmoReg, zoo
 from .backbone import create_backbone, without_weights
 from .data import DataError, Target
 from .data.choices import unknown_choice
-from .training.checkpoint import CheckpointError, judged_state, load_training_checkpoint
+from .small_image import whole_image_cfg
+from .training.checkpoint import BEST, CheckpointError, judged_state, load_training_checkpoint
 from .training.experience import Experience, find_experience
 from .training.settings import backbone_args, emoreg_args
 from .training.trainable import BUILD_ERRORS, reason_of
@@ -156,20 +157,20 @@ def _find_checkpoint(where: Path) -> Path:
     if not where.is_dir():
         return where
     for folder in (where, where / 'emoreg', where / 'plain', where / 'affect'):
-        if (folder / 'model_best.pth.tar').is_file():
-            return folder / 'model_best.pth.tar'
+        if (folder / BEST).is_file():
+            return folder / BEST
         if (folder / 'result.json').is_file():
             raise CheckpointError(f'{folder}: finished, but its checkpoints are gone. Train it again under another '
                                   'name; a study keeps those of its runs with --keep-checkpoints.')
         if folder.name == 'plain' and folder.is_dir():  # with stimuli it has a stage 1, too, which was not asked for
             break
-    raise CheckpointError(f'{where}: holds no model_best.pth.tar, neither itself nor in its folders emoreg, plain and '
+    raise CheckpointError(f'{where}: holds no {BEST}, neither itself nor in its folders emoreg, plain and '
                           'affect. Give a run of train.py that finished an epoch, or a checkpoint.')
 
 
 def _stage_1_of(checkpoint: Path, args: dict[str, Any]) -> str:
     """Where stage 1 left its result for a checkpoint of stage 2: where the settings of the run say, or beside it."""
-    return args['experience'] or str(checkpoint.resolve().parent.parent / 'affect' / 'model_best.pth.tar')
+    return args['experience'] or str(checkpoint.resolve().parent.parent / 'affect' / BEST)
 
 
 def _experience_of(checkpoint: Path, args: dict[str, Any], given: str | None) -> Experience:
@@ -247,7 +248,7 @@ def _loaded(where: str | Path, path: Path, args: dict[str, Any], state: dict[str
                               f'({str(e).splitlines()[-1].strip()}). Train again.') from None
     labels = tuple(args.get('label_names', ())) if model.num_classes else ()
     # what timm's transforms and an export of the model go by
-    model.pretrained_cfg |= {**zoo.whole_image_cfg((3, args['img_size'], args['img_size'])),
+    model.pretrained_cfg |= {**whole_image_cfg((3, args['img_size'], args['img_size'])),
                              'num_classes': model.num_classes, 'label_names': labels or None}
     stage_2 = isinstance(model, EmoReg) and model.num_classes > 0
     experience = _stage_1_of(path, args) if stage_2 else 'none'

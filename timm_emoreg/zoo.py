@@ -7,27 +7,19 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from .backbone import backbone_cfg
 from .files import write_text
+from .small_image import whole_image_cfg
 
-__all__ = ['HUB_FILE', 'WEIGHTS', 'Weight', 'find', 'read_records', 'registry_cfgs', 'whole_image_cfg', 'write_records']
+__all__ = ['HUB_FILE', 'WEIGHTS', 'Weight', 'find', 'read_records', 'registry_cfgs', 'write_records']
 
 HUB_FILE = 'model.safetensors'  # name of the weight file in its Hub repository
 ASSETS = files('timm_emoreg') / 'assets'
-
-
-def whole_image_cfg(input_size: tuple[int, int, int]) -> dict[str, Any]:
-    """What a pretrained cfg says of a model that is made for whole images of one size: (channels, height, width).
-
-    Oblong images are squashed to that size, as in the training.
-    """
-    return {'input_size': tuple(input_size), 'pool_size': None, 'crop_pct': 1.0, 'crop_mode': 'squash',
-            'interpolation': 'bicubic', 'test_input_size': None, 'test_crop_pct': None}
 
 
 @dataclass(frozen=True)
@@ -200,7 +192,7 @@ def find(name: str) -> Weight | None:
     return next((w for w in own if w.default), own[0] if own else None)
 
 
-def registry_cfgs(backbones: dict[str, str], make_cfg: Callable[..., dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def registry_cfgs(backbones: dict[str, str]) -> dict[str, dict[str, Any]]:
     """Arguments of ``generate_default_cfgs`` for some architectures: their weights, and the architecture without any.
 
     The star makes the cfg without weights the one of the untagged name, which builds the backbone's usual form: the
@@ -209,12 +201,11 @@ def registry_cfgs(backbones: dict[str, str], make_cfg: Callable[..., dict[str, A
 
     Args:
         backbones: Registered name to timm's name of its backbone.
-        make_cfg: `timm_emoreg.backbone.backbone_cfg`.
     """
-    plain = {name: make_cfg(backbone) for name, backbone in backbones.items()}
+    plain = {name: backbone_cfg(backbone) for name, backbone in backbones.items()}
     weights = {}
     for weight in (w for w in WEIGHTS.values() if w.architecture in backbones):
-        cfg = make_cfg(backbones[weight.architecture], **weight.cfg())
+        cfg = backbone_cfg(backbones[weight.architecture], **weight.cfg())
         if plain[weight.architecture].get('pool_size'):  # a family that pools a feature map; the small stem halves less
             reduction = 8 if weight.model_args.get('small_image') else 32
             cfg['pool_size'] = tuple(side // reduction for side in weight.input_size[1:])

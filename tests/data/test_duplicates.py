@@ -37,6 +37,11 @@ def test_near_is_the_root_mean_square_of_the_cells(images):
     assert copies(train, noise)[0].tolist() == [False]
 
 
+def test_a_size_that_has_no_whole_cells_is_refused(images):
+    with pytest.raises(DataError, match=r'Images of 30x32 pixels .* multiples of 8'):
+        copies(images[:40, :30], images[40:, :30])
+
+
 def test_the_distance_is_that_of_all_pairs(images):
     train, test = images[:30], images[30:]
     cells = [x.reshape(-1, 8, 4, 8, 4, 3).mean((2, 4)).reshape(-1, 192) for x in (train, test)]

@@ -183,8 +183,8 @@ def test_changing_a_set_does_not_change_the_next_one(loader):
 
 
 def test_unknown_labels_are_named():
-    with pytest.raises(ValueError, match=r"'mood' are unknown, expected 'valence' or 'group'"):
-        emoji_set.load_emoji_stimuli('mood')
+    with pytest.raises(DataError, match=r"emoji: labels 'groups' is unknown. Known: 'valence', 'group'. Did you mean "):
+        emoji_set.load_emoji_stimuli('groups')
 
 
 @pytest.mark.parametrize('content', [None, b'not a zip'])

@@ -268,6 +268,15 @@ def test_time_left_is_that_of_like_runs(run, tmp_path, monkeypatch):
     assert Study(tmp_path / 'none', FAKE).seconds_left([plain]) is None
 
 
+def test_a_folder_whose_name_is_no_text_is_refused(run, tmp_path, colours):
+    folder = tmp_path / os.fsdecode(b'caf\xe9')
+    folder.symlink_to(colours)
+    status, _, err = run('--targets', folder)
+    assert (status, err.count('\n')) == (2, 1)
+    assert r'caf\udce9: the path is no text in UTF-8, and the tables of a study are. Rename the folder' in err
+    assert not (tmp_path / 's').exists()
+
+
 @pytest.mark.parametrize(('argv', 'message'), [
     (('--models', 'emoreg_resnet_18'), "model 'emoreg_resnet_18' is unknown"),
     (('--stimuli', 'ferpuls'), "stimuli 'ferpuls' is unknown"),

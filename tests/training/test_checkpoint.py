@@ -10,7 +10,7 @@ import pytest
 import torch
 from timm.utils import CheckpointSaver
 
-from timm_emoreg.training.checkpoint import CheckpointError, load_training_checkpoint, newest_checkpoint, restore_best
+from timm_emoreg.training.checkpoint import CheckpointError, load_training_checkpoint, newest_checkpoint, resume_saver
 
 
 class Forbidden:
@@ -130,19 +130,74 @@ def test_recovery_of_timms_saver_wins_until_the_epoch_ends(tmp_path):
         assert newest_checkpoint(tmp_path).name == f'{expected}.pth.tar'
 
 
+def saver_of(folder):
+    model = torch.nn.Linear(2, 2)
+    return CheckpointSaver(model, torch.optim.SGD(model.parameters(), lr=1), max_history=1,
+                           checkpoint_dir=str(folder), recovery_dir=str(folder))
+
+
+class Killed(Exception):
+    pass
+
+
+def killed_at(saver, monkeypatch, moment):
+    """The saver is killed when it comes to one of its steps, `last` already removed where that is replaced."""
+    plain, duplicated = saver._duplicate, []
+
+    def replace(source, target):
+        os.unlink(target)
+        raise Killed
+
+    def duplicate(source, target):
+        duplicated.append(target)
+        if len(duplicated) == {'checkpoint': 1, 'model_best': 2}[moment]:
+            raise Killed
+        plain(source, target)
+    monkeypatch.setattr(saver, *(('_replace', replace) if moment == 'last' else ('_duplicate', duplicate)))
+
+
+@pytest.mark.parametrize('metric', [2.0, 0.5])
+@pytest.mark.parametrize('moment', ['last', 'checkpoint', 'model_best'])
+def test_a_kill_between_two_writes_of_the_saver_costs_no_best_epoch(tmp_path, monkeypatch, moment, metric):
+    saver = saver_of(tmp_path)
+    saver.save_checkpoint(0, 1.0)
+    killed_at(saver, monkeypatch, moment)
+    if moment == 'last' or metric > 1:  # a worse epoch is written as `last` alone
+        with pytest.raises(Killed):
+            saver.save_checkpoint(1, metric)
+    else:
+        saver.save_checkpoint(1, metric)
+
+    again, newest = saver_of(tmp_path), newest_checkpoint(tmp_path)
+    assert newest.name == ('tmp.pth.tar' if moment == 'last' else 'last.pth.tar')
+    resume_saver(again, load_training_checkpoint(newest))
+    best = (1, 2.0) if metric > 1 else (0, 1.0)
+    assert (again.best_epoch, again.best_metric) == best
+    assert load_training_checkpoint(tmp_path / 'model_best.pth.tar')['epoch'] == best[0]
+    assert again.save_checkpoint(2, 1.5) == ((2.0, 1) if metric > 1 else (1.5, 2))
+
+
 @pytest.mark.parametrize('left_behind', ['missing', 'stale', 'damaged'])
-def test_the_best_checkpoint_is_restored_after_a_kill_between_two_writes(tmp_path, left_behind):
-    best = tmp_path / 'model_best.pth.tar'
-    for name, epoch in (('checkpoint-3', 3), ('last', 4)):
-        torch.save({'state_dict': {'w': torch.full((1,), float(epoch))}, 'epoch': epoch}, tmp_path / f'{name}.pth.tar')
-    if left_behind == 'stale':
-        torch.save({'state_dict': {'w': torch.zeros(1)}, 'epoch': 1}, best)
-    elif left_behind == 'damaged':
+def test_the_best_checkpoint_is_restored(tmp_path, left_behind):
+    saver, best = saver_of(tmp_path), tmp_path / 'model_best.pth.tar'
+    saver.save_checkpoint(3, 1.0)
+    saver.save_checkpoint(4, 0.5)
+    if left_behind == 'missing':
+        best.unlink()
+    elif left_behind == 'stale':
+        best.unlink()
+        save(best, 1)
+    else:
+        best.unlink()
         best.write_bytes(b'PK')
-    restore_best(tmp_path, 3)
-    assert load_training_checkpoint(best)['state_dict']['w'] == 3
-    restore_best(tmp_path, 4)
-    assert load_training_checkpoint(best)['epoch'] == 4
-    restore_best(tmp_path, None)
-    assert load_training_checkpoint(best)['epoch'] == 4
+    resume_saver(saver_of(tmp_path), load_training_checkpoint(tmp_path / 'last.pth.tar'))
+    assert load_training_checkpoint(best)['epoch'] == 3
     assert {p.name for p in tmp_path.iterdir()} == {'checkpoint-3.pth.tar', 'last.pth.tar', 'model_best.pth.tar'}
+
+
+def test_without_a_judged_epoch_there_is_no_best(tmp_path):
+    saver_of(tmp_path).save_recovery(0, 3)
+    again = saver_of(tmp_path)
+    resume_saver(again, load_training_checkpoint(newest_checkpoint(tmp_path)))
+    assert again.best_epoch is None
+    assert not (tmp_path / 'model_best.pth.tar').exists()

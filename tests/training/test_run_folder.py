@@ -5,9 +5,9 @@ import os
 import pytest
 import torch
 
-from timm_emoreg.files import write_text
+from timm_emoreg.files import read_json, write_text
 from timm_emoreg.training import run_folder
-from timm_emoreg.training.run_folder import BusyError, make_run, read_json
+from timm_emoreg.training.run_folder import BusyError, make_run
 
 
 def test_two_runs_that_want_one_name_do_not_share_a_folder(tmp_path, monkeypatch):

@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from timm_emoreg.data.emoji import CELL, SIZE
+from .emoji import CELL, SIZE
 
 __all__ = ['BuildError', 'Package', 'build', 'family', 'fetch', 'main']
 

@@ -16,6 +16,9 @@ NEAR = 10.0  # grey levels
 def _cells(images: np.ndarray, side: int = 8) -> np.ndarray:
     """Mean of each of side x side cells: (N, side * side * colours), float32."""
     n, height, width = images.shape[:3]
+    if height % side or width % side:
+        raise DataError(f'Images of {height}x{width} pixels were given, and near copies are looked for on a grid of '
+                        f'{side}x{side} cells. Give a height and width that are multiples of {side}.')
     cells = images.reshape(n, side, height // side, side, width // side, -1)
     return cells.mean((2, 4), dtype=np.float32).reshape(n, -1)
 
@@ -31,6 +34,9 @@ def copies(train: np.ndarray, test: np.ndarray, near: float = NEAR, block: int =
 
     Returns:
         Two bool arrays of shape (M,), M test images: has an exact copy, has a near one (exact ones included).
+
+    Raises:
+        DataError: If height or width are no multiples of 8.
     """
     known = {image.tobytes() for image in train}
     exact = np.array([image.tobytes() in known for image in test])

@@ -32,8 +32,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from timm_emoreg.data.sets import DataError, ImageSet, Splits, Target
-from timm_emoreg.data.splitting import group_split
+from .choices import unknown_choice
+from .sets import DataError, ImageSet, Splits, Target
+from .splitting import group_split
 
 __all__ = ['Emoji', 'emoji_index', 'emoji_pictures', 'load_emoji_objects', 'load_emoji_stimuli', 'object_parts',
            'stimulus_parts']
@@ -212,8 +213,7 @@ def load_emoji_stimuli(labels: str = 'valence') -> Splits:
         emoji are one of the ``groups`` of the set.
 
     Raises:
-        ValueError: If `labels` is neither.
-        DataError: If the embedded file is missing or damaged.
+        DataError: If `labels` is neither, or the embedded file is missing or damaged.
     """
     if labels == 'group':
         sets = _class_sets(stimulus_parts())
@@ -222,7 +222,7 @@ def load_emoji_stimuli(labels: str = 'valence') -> Splits:
         sets = [ImageSet(emoji_pictures()[part], torch.tensor([[index[i].valence] for i in part]),
                          Target('ratings', ('valence',), -1.0, 1.0), _emoji_number(part)) for part in stimulus_parts()]
     else:
-        raise ValueError(f"Emoji labels {labels!r} are unknown, expected 'valence' or 'group'.")
+        raise unknown_choice('emoji', 'labels', labels, ('valence', 'group'))
     return Splits('emoji', *sets, licence=LICENCE)
 
 

@@ -63,7 +63,7 @@ def _without_copies(splits: Splits) -> Splits:
     if not any(left_out):
         return splits
     _logger.warning('%s: left out %d training and %d validation pictures that are exact copies of evaluation pictures.',
-                 splits.name, *left_out)
+                    splits.name, *left_out)
     return replace(splits, train=splits.train.subset(kept[0]), validation=splits.validation.subset(kept[1]))
 
 

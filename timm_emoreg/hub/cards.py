@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from ..emoreg import backbone_cfg
+from ..backbone import backbone_cfg
 from ..zoo import Weight
 from .terms import TARGET_TERMS, licence_terms
 

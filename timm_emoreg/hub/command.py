@@ -3,6 +3,7 @@
     python -m timm_emoreg.hub build NAME RESULT... [--plain RESULT...]    from runs of train.py to record, card and file
     python -m timm_emoreg.hub check NAME... | --all                       everything a reader would rely on
     python -m timm_emoreg.hub publish NAME... | --all [--push]            a dry run, unless --push
+    python -m timm_emoreg.hub card NAME... | --all                        cards anew from their records
     python -m timm_emoreg.hub table [--write README.md]                   the table of all weights
 
 NAME is architecture and tag, such as emoreg_resnet18.emoji or emoreg_resnet18.ferplus_ft_cifar10. RESULT is a

@@ -9,6 +9,7 @@ from typing import Any
 
 import timm_emoreg
 
+from ..training.checkpoint import BEST
 from ..training.settings import LABELS_OF_STAGE_1, REGULATION
 from ..training.train_script import load_parse_args
 
@@ -39,7 +40,7 @@ class Run:
             raise HubError(f'{path}: no result of a run of train.py with its args.json one folder up ({e}). Give the '
                            'folder of a stage, such as output/RUN/emoreg.') from e
         self.path = path
-        self.checkpoint = path.parent / 'model_best.pth.tar'
+        self.checkpoint = path.parent / BEST
 
     def settings(self) -> dict[str, Any]:
         given = {k: v for k, v in self.args.items() if k not in (*MACHINE, 'commit')}

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import timm_emoreg
 
-from ..answers import answer
+from ..answers import answer, top1
 from ..data import CONTENT_LABELS, STIMULI, TARGETS, ImageSet, Target, load_target
 from ..eight_bit import from_eight_bits, to_eight_bits
 from ..files import replacing, sha256_of
@@ -217,8 +217,8 @@ def _answer(model: torch.nn.Module, input_size: tuple[int, int, int]) -> Tensor:
         return model.eval().forward_affect(x) if model.num_classes == 0 else model.eval()(x)
 
 
-class _Tensors(NamedTuple):
-    """What a file of weights holds, and what its precision costs."""
+class _Written(NamedTuple):
+    """What was measured of a file of weights: its answer to a fixed batch, its size, and what its precision costs."""
 
     answer: Tensor
     difference: float
@@ -248,7 +248,7 @@ def _comparable(results: list[Path], plain: list[Path]) -> tuple[list[Run], list
 
 
 def _write(run: Run, test: ImageSet | None, form: dict[str, Any], input_size: tuple[int, int, int], precision: str,
-           file: Path) -> _Tensors:
+           file: Path) -> _Written:
     """Write the best weights of a run in 16 or 8 bits and measure what that costs, on the test part for 8 bits.
 
     Raises:
@@ -267,14 +267,14 @@ def _write(run: Run, test: ImageSet | None, form: dict[str, Any], input_size: tu
         outputs.append(_answer(model, input_size))
         if precision == 'int8':
             trained = Trained(str(run.path), model, input_size[1:], (), test.target.names)
-            answers.append(answer(trained, test)[0].regulated.argmax(dim=1))
+            answers.append(answer(trained, test)[0].regulated)
     eight_bits = None
     if answers:
-        right = [round(100 * (given == test.targets).double().mean().item(), 2) for given in answers]
+        right = [round(top1(given, test.targets), 2) for given in answers]
         eight_bits = {'images': len(test), 'float32': right[0], 'int8': right[1],
-                      'changed': int((answers[0] != answers[1]).sum())}
+                      'changed': int((answers[0].argmax(dim=1) != answers[1].argmax(dim=1)).sum())}
     difference = float(f'{(outputs[0] - outputs[1]).abs().max().item():.3g}')
-    return _Tensors(outputs[1], difference, sum(p.numel() for p in model.parameters()), eight_bits)
+    return _Written(outputs[1], difference, sum(p.numel() for p in model.parameters()), eight_bits)
 
 
 def build(name: str, results: list[Path], plain: list[Path] = (), home: Path = ROOT, embed: bool = False,

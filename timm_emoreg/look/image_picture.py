@@ -109,10 +109,12 @@ def _balance(axis, r: float) -> None:
 
 
 def _where(axis, picture: Image.Image, slope: Tensor) -> None:
+    from matplotlib.colors import to_rgb
+
     axis.imshow(np.asarray(picture.convert('L')), cmap='gray', vmin=-60, vmax=300)
     height, width = picture.height, picture.width
     colour = np.zeros((*slope.shape, 4))
-    colour[..., :3] = np.array([213, 94, 0]) / 255  # vermillion, one hue: only its strength says something
+    colour[..., :3] = to_rgb(VERMILLION)  # one hue: only its strength says something
     colour[..., 3] = 0.85 * slope.numpy()
     axis.imshow(colour, extent=(-0.5, width - 0.5, height - 0.5, -0.5), interpolation='bilinear')
     bare(axis)

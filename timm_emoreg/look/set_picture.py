@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..answers import Answers, Changes, changed_answers, class_affect, largest_error
+from ..answers import Answers, Changes, changed_answers, class_affect, largest_error, top1
 from ..data import ImageSet
 from ..drawing import BLUE, DPI, GREY, RESPONSES, VERMILLION, save, short
 from ..trained import Trained
@@ -64,9 +64,9 @@ def _heat_map(figure, trained: Trained, answers: Answers, images: ImageSet) -> N
 
 def _accuracy(axis, answers: Answers, target: Tensor) -> None:
     for y, (field, (_, colour)) in enumerate(RESPONSES.items()):
-        top1 = 100 * (getattr(answers, field).argmax(dim=1) == target).double().mean().item()
-        axis.barh(y, top1, color=colour, height=0.7)
-        axis.text(top1 + 1, y, f'{top1:.1f} %', va='center', fontsize=8)
+        right = top1(getattr(answers, field), target)
+        axis.barh(y, right, color=colour, height=0.7)
+        axis.text(right + 1, y, f'{right:.1f} %', va='center', fontsize=8)
     axis.set_yticks(range(3), [label for label, _ in RESPONSES.values()], fontsize=8)
     axis.set(xlim=(0, 118), ylim=(2.5, -0.5), xticks=[])
     axis.set_title('right answers of each response', fontsize=10, loc='left')

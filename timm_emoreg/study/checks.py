@@ -21,6 +21,19 @@ from .grid import DUAL_HEAD_FLAGS, RESERVED, Run, StudyError
 __all__ = ['check_flags', 'check_names', 'check_train_images']
 
 
+def _is_text(path: str) -> bool:
+    """Whether a path can be written as UTF-8; a file system takes any bytes."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _shown(text: str) -> str:
+    return text.encode(errors='backslashreplace').decode()
+
+
 def check_names(args: argparse.Namespace) -> None:
     """Refuse names and numbers that nothing has, or that the study decides itself.
 
@@ -44,6 +57,9 @@ def check_names(args: argparse.Namespace) -> None:
             path = os.path.expanduser(name)
             if name not in known and not os.path.isdir(path) and not (what == 'stimuli' and os.path.isfile(path)):
                 raise unknown_choice('', what, name, known, 'Or give a folder with a subfolder per class.')
+            if name not in known and not _is_text(os.path.abspath(path)):
+                raise StudyError(f'--{what} {_shown(name)}: the path is no text in UTF-8, and the tables of a study '
+                                 'are. Rename the folder, or give a link to it.')
     tables = [name for name in stimuli if os.path.isfile(os.path.expanduser(name))]
     if bool(tables) != bool(args.rating_columns) or bool(tables) != bool(args.rating_scale):
         raise StudyError(f'--stimuli {" ".join(args.stimuli)}: a csv needs both --rating-columns and --rating-scale, '

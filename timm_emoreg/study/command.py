@@ -35,8 +35,8 @@ import torch
 import timm_emoreg
 
 from ..data import STIMULI, TARGETS, DataError, absolute, stimuli_parts
+from ..files import DamagedError
 from ..marks import MarksError, write_between_marks
-from ..training.run_folder import DamagedError
 from .checks import check_flags, check_names, check_train_images
 from .grid import ARMS, Ratings, StudyError, data_digests, plan
 from .plots import draw_forest, draw_learning_curves

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..drawing import save, short
+from ..drawing import BLUE, VERMILLION, save, short
 from .grid import ARMS, read_rows
 from .table import Setting, compare, controls
 
@@ -15,8 +15,8 @@ __all__ = ['STYLES', 'draw_forest', 'draw_learning_curves']
 
 # of Okabe and Ito's colours, told apart by colour-blind readers too; line and marker tell the arms apart without colour
 STYLES = dict(zip(ARMS, (
-    ('#000000', '-', 'o'), ('#999999', '--', 's'), ('#56B4E9', '-', '^'), ('#D55E00', '-', 'D'), ('#E69F00', '--', 'v'),
-    ('#0072B2', '--', 'P'), ('#CC79A7', '-.', 'X'), ('#009E73', ':', '*')), strict=True))
+    ('#000000', '-', 'o'), ('#999999', '--', 's'), ('#56B4E9', '-', '^'), (VERMILLION, '-', 'D'),
+    ('#E69F00', '--', 'v'), (BLUE, '--', 'P'), ('#CC79A7', '-.', 'X'), ('#009E73', ':', '*')), strict=True))
 
 
 def _figure(number: int, width: float, height: float):

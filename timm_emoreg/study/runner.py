@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..data import DataError
-from ..files import write_text
-from ..training.run_folder import read_json
+from ..files import read_json, write_text
+from ..training.checkpoint import BEST
 from .grid import COLUMNS, Ratings, Run, StudyError, images_seen, rating_flags, read_runs, recipe, write_rows
 
 __all__ = ['Study', 'lock_study']
@@ -210,7 +210,7 @@ class Study:
         write_rows(self.folder / name, self.rows[name], COLUMNS)
         if not self.keep_checkpoints:
             for checkpoint in path.parent.glob('*.pth.tar'):
-                if run.task != 'affect' or checkpoint.name != 'model_best.pth.tar':
+                if run.task != 'affect' or checkpoint.name != BEST:
                     checkpoint.unlink()
         return row
 
@@ -231,7 +231,7 @@ class Study:
         if self.data_dir:
             command += ['--data-dir', self.data_dir]
         threads = str(self.threads)
-        with open(log, 'a') as file:
+        with open(log, 'a', encoding='utf-8', errors='surrogateescape') as file:
             file.write(f'$ {shlex.join(command)}\n')
             file.flush()
             # in a session of its own, so that Ctrl-C reaches it only as the SIGTERM below
@@ -291,7 +291,10 @@ class Study:
                     print('stopping: the runs write a checkpoint first' if stopped == 1 else 'killing the runs',
                           flush=True)
                     for _, process, _ in queue.running.values():
-                        process.terminate() if stopped == 1 else process.kill()
+                        if stopped == 1:
+                            process.terminate()
+                        else:
+                            process.kill()
                 time.sleep(0.05)
                 self._collect(queue)
         except BaseException:  # a full disk, say: no run is left behind that nobody waits for
@@ -321,7 +324,7 @@ class Study:
         waiting = [run for run in runs if not self.is_finished(run)]
         needed = {run.needs: run for run in waiting if run.needs}
         for run in runs:
-            checkpoint = self._result(run).with_name('model_best.pth.tar')
+            checkpoint = self._result(run).with_name(BEST)
             if run.key in needed and self.is_finished(run) and not checkpoint.is_file():
                 raise StudyError(f'{needed[run.key].key} needs the stage 1 {run.key}, which is finished, but '
                                  f'{checkpoint} is gone. Bring it back, or remove its row from stage1.csv and '
@@ -351,7 +354,7 @@ class Study:
             elif self.signals:
                 continue
             else:
-                reason = log.read_text(errors='replace').strip().splitlines()[-1]
+                reason = log.read_text(encoding='utf-8', errors='replace').strip().splitlines()[-1]
                 queue.fail(run, f'exit status {process.returncode}: {reason[:300]}\n    {log}')
                 outcome = f'failed, {log}'
             queue.count += 1

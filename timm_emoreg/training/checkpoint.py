@@ -8,10 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.utils import CheckpointSaver
 
 from ..files import replacing
 
-__all__ = ['CheckpointError', 'judged_state', 'load_training_checkpoint', 'newest_checkpoint', 'restore_best']
+__all__ = ['BEST', 'LAST', 'CheckpointError', 'judged_state', 'load_training_checkpoint', 'newest_checkpoint',
+           'resume_saver']
+
+BEST = 'model_best.pth.tar'
+LAST = 'last.pth.tar'
 
 
 class CheckpointError(ValueError):
@@ -81,28 +86,37 @@ def newest_checkpoint(folder: str | Path) -> Path | None:
             continue
         recovery = re.fullmatch(r'recovery-\d+-(\d+)\.pth\.tar', path.name)
         position = (epoch, int(recovery[1])) if recovery else (epoch + 1, 0)
-        found.append((position, path.name == 'last.pth.tar', path))
+        found.append((position, path.name == LAST, path))
     if not found and damaged is not None:
         raise damaged
     return max(found)[2] if found else None
 
 
-def restore_best(folder: Path, best_epoch: int | None) -> None:
-    """Make ``model_best.pth.tar`` the checkpoint of `best_epoch` again, where a kill between two writes left it behind.
+def resume_saver(saver: CheckpointSaver, checkpoint: dict[str, Any]) -> None:
+    """Let timm's saver go on from a checkpoint as if it had never stopped, also where it was killed between two writes.
 
-    timm's saver writes ``last``, then ``checkpoint-<epoch>``, then ``model_best``; what it remembers of the best epoch
-    travels with ``last``.
+    It writes ``tmp``, renames it ``last``, then writes ``checkpoint-<epoch>`` and ``model_best``, and only then counts
+    the epoch as the best one. So what it remembers of the best epoch, which travels with ``last``, is older than
+    ``last``, and ``model_best.pth.tar`` may be older than both.
+
+    Args:
+        saver: The saver of the folder that the checkpoint lies in.
+        checkpoint: What ``load_training_checkpoint`` gave.
     """
-    if best_epoch is None:
+    saver.load_state_dict(checkpoint['saver'])
+    metric = checkpoint.get('metric')
+    if metric is not None and (saver.best_metric is None or saver.cmp(metric, saver.best_metric)):
+        saver.best_epoch, saver.best_metric = checkpoint['epoch'], metric
+    if saver.best_epoch is None:
         return
-    names = ('model_best.pth.tar', f'checkpoint-{best_epoch}.pth.tar', 'last.pth.tar')
-    for path in (folder / name for name in names):
+    folder = Path(saver.checkpoint_dir)
+    for name in (BEST, f'checkpoint-{saver.best_epoch}.pth.tar', LAST, 'tmp.pth.tar'):
         try:
-            fits = load_training_checkpoint(path).get('epoch') == best_epoch
+            fits = load_training_checkpoint(folder / name).get('epoch') == saver.best_epoch
         except CheckpointError:
             continue
         if fits:
-            if path.name != names[0]:
-                with replacing(folder / names[0]) as part:
-                    shutil.copyfile(path, part)
+            if name != BEST:
+                with replacing(folder / BEST) as part:
+                    shutil.copyfile(folder / name, part)
             return

@@ -5,17 +5,16 @@ import csv
 import math
 from pathlib import Path
 
-from ..drawing import save
+from ..drawing import BLUE, RESPONSES, VERMILLION, save
 
 __all__ = ['draw_curves']
 
-# column of the csv -> name, colour (Okabe and Ito: told apart by colour-blind readers too), line and marker, which
-# tell the curves apart without colour
+# column of the csv -> name, colour, line and marker, which tell the curves apart without colour
 LOSSES = {
-    'train_loss': ('training', '#0072B2', '-', 'o'),
-    'train_loss_non_emotional': ('non-emotional z', '#56B4E9', '--', 's'),
-    'train_loss_emotional': ("emotional z'", '#009E73', ':', '^'),
-    'eval_loss': ('validation', '#D55E00', '-', 'D'),
+    'train_loss': ('training', BLUE, '-', 'o'),
+    'train_loss_non_emotional': ('non-emotional z', RESPONSES['non_emotional'][1], '--', 's'),
+    'train_loss_emotional': ("emotional z'", RESPONSES['emotional'][1], ':', '^'),
+    'eval_loss': ('validation', VERMILLION, '-', 'D'),
 }
 
 
@@ -57,7 +56,7 @@ def draw_curves(summary: str | Path, picture: str | Path, metric: str, title: st
         # --val-interval leaves epochs out, between which the curve goes on
         shown = [i for i, row in enumerate(rows) if row.get(name) or not name.startswith('eval_')]
         axis[panel].plot([epochs[i] for i in shown], [column[name][i] for i in shown], markersize=size or 5,
-                         marker=marker if size or len(shown) == 1 else '', **{'color': '#0072B2', **style})
+                         marker=marker if size or len(shown) == 1 else '', **{'color': BLUE, **style})
 
     for name, (label, colour, style, marker) in LOSSES.items():
         if name in column:
@@ -70,7 +69,7 @@ def draw_curves(summary: str | Path, picture: str | Path, metric: str, title: st
               if not math.isnan(value)]
     if judged:
         best, epoch = max(judged)
-        axis['metric'].plot(-epoch, best, marker='*', markersize=13, linestyle='', color='#D55E00',
+        axis['metric'].plot(-epoch, best, marker='*', markersize=13, linestyle='', color=VERMILLION,
                             label=f'best: {best:.4g} in epoch {-epoch}')
 
     if 'balance' in axis:

@@ -19,7 +19,7 @@ from ..backbone import resized_state
 from ..data import DataError, Splits, Target
 from ..small_image import DEFAULT_SIZE, LARGEST_SIZE
 from ..weights import WeightError
-from .checkpoint import CheckpointError, judged_state, load_training_checkpoint
+from .checkpoint import BEST, CheckpointError, judged_state, load_training_checkpoint
 
 __all__ = [
     'STIMULI_SETTINGS',
@@ -116,7 +116,7 @@ def _from_checkpoint(path: Path) -> Experience:
     checkpoint = load_training_checkpoint(path)
     task = checkpoint.get('task_state')
     if not isinstance(task, dict) or not {'target_kind', 'names'} <= task.keys():
-        raise CheckpointError(f"{path}: was not written by stage 1 (--task affect). Give stage 1's model_best.pth.tar.")
+        raise CheckpointError(f"{path}: was not written by stage 1 (--task affect). Give stage 1's {BEST}.")
     answers = Target(task['target_kind'], tuple(task['names']))
     args = checkpoint.get('args')
     shown = {}
@@ -143,10 +143,10 @@ def find_experience(where: str) -> Experience:
     """
     # os.path rather than Path: False, not an error, for the empty name and for any that no file can have
     if os.path.isdir(where):
-        for candidate in (Path(where, 'model_best.pth.tar'), Path(where, 'affect', 'model_best.pth.tar')):
+        for candidate in (Path(where, BEST), Path(where, 'affect', BEST)):
             if candidate.is_file():
                 return _from_checkpoint(candidate)
-        raise CheckpointError(f'{where}: holds no model_best.pth.tar of stage 1, neither itself nor in its folder '
+        raise CheckpointError(f'{where}: holds no {BEST} of stage 1, neither itself nor in its folder '
                               'affect.')
     if os.path.isfile(where):
         return _from_checkpoint(Path(where))

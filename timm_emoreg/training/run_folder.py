@@ -12,17 +12,15 @@ from pathlib import Path
 
 from timm.utils.summary import trim_summary
 
-from ..files import replacing, write_text
+from ..files import read_json, replacing, write_text
 from .trainable import DEVICE_ERRORS
 
 __all__ = [
     'BusyError',
-    'DamagedError',
     'WriteError',
     'chosen_once',
     'lock_run',
     'make_run',
-    'read_json',
     'remove_empty_run',
     'trim',
     'writing',
@@ -35,10 +33,6 @@ class WriteError(OSError):
 
 class BusyError(RuntimeError):
     """Another process works in the output folder."""
-
-
-class DamagedError(ValueError):
-    """A file of a run cannot be read."""
 
 
 def make_run(folder: Path, settings: dict) -> None:
@@ -62,22 +56,6 @@ def make_run(folder: Path, settings: dict) -> None:
                     raise
     raise BusyError(f'{folder} exists. Continue it with --resume {shlex.quote(str(folder))}, or choose another '
                     '--experiment.')
-
-
-def read_json(path: Path) -> dict:
-    """The object in a file that a run has written.
-
-    Raises:
-        DamagedError: If it cannot be read.
-    """
-    try:
-        content = json.loads(path.read_text(encoding='utf-8'))
-        if not isinstance(content, dict):
-            raise ValueError('no object')
-    except ValueError as e:
-        raise DamagedError(f'{path}: is damaged ({e}). Bring back a copy. A result.json or choices.json may be '
-                           'removed, and the run goes on from its last checkpoint.') from None
-    return content
 
 
 @contextmanager

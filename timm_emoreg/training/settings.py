@@ -21,10 +21,10 @@ from .. import BACKBONES
 from ..data import STIMULI, TARGETS, DataError, Splits, absolute, stimuli_parts
 from ..data.progressive import SMALLEST
 from ..data.resident import check_fills_a_batch
+from ..files import DamagedError, read_json
 from ..regulation import check_regulation
 from ..small_image import LARGEST_SIZE, has_small_image_form
 from .optim import base_optimizer
-from .run_folder import DamagedError, read_json
 
 __all__ = ['LABELS_OF_STAGE_1', 'REGULATION', 'SettingsError', 'backbone_args', 'batch_of_a_step', 'check_tag',
            'complete_settings', 'emoreg_args', 'shapes_stage_1']
