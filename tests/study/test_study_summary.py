@@ -78,11 +78,12 @@ def test_the_picture_has_a_panel_a_control(csv, figures):
     draw_summary(lines, csv.with_suffix('.png'))
     assert Image.open(csv.with_suffix('.png')).format == 'PNG'
     axes = figures[0].axes
-    assert [axis.get_title() for axis in axes] == ['minus plain', 'minus init', 'minus shuffled', 'minus unlabelled']
+    assert [axis.get_title() for axis in axes] == [
+        f'resnet10t minus {versus}' for versus in ('plain', 'init', 'shuffled', 'unlabelled')]
     assert [text.get_text() for text in axes[0].get_yticklabels()] == ['all of it (3)', 'one seed (1)']
     d = lines[0].compared['plain'][0].difference
-    drawn, = [line for line in axes[0].lines if len(line.get_xdata()) == 2 and list(line.get_ydata()) == [0, 0]]
-    assert list(drawn.get_xdata()) == [d.low, d.high]
+    drawn = axes[0].containers[0].lines[2][0].get_segments()[0]
+    assert drawn.tolist() == [[pytest.approx(d.low), 0], [pytest.approx(d.high), 0]]
     assert [text.get_text().strip() for text in axes[3].texts] == ['not run'] * 2
 
 

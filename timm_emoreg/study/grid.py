@@ -333,7 +333,7 @@ def read_runs(folder: Path, name: str) -> list[dict[str, str]]:
     """
     again = 'Restore it, or remove it: a finished run whose folder is there gets its row again.'
     rows = read_rows(folder / name, again)
-    needed = [column for column in COLUMNS if column not in ('attention', 'loader')]  # which older ones lack
+    needed = [column for column in COLUMNS if column not in ('attention', 'loader', 'commit')]  # which older ones lack
     if rows and (missing := [column for column in needed if column not in rows[0]]):
         raise StudyError(f'{folder / name}: its first line names no column {missing[0]}. {again}')
     return rows

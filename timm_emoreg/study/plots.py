@@ -37,6 +37,8 @@ def draw_forest(folder: Path, settings: Sequence[Setting], picture: Path) -> Non
 
     Above each arm minus plain, below the regulated arm minus its controls; small dots are the seeds.
     """
+    from matplotlib.figure import Figure  # drawn without pyplot: no display, and no state of a caller's is touched
+
     panels = []
     for setting in settings:
         groups = [('minus plain', [compare(folder, setting, arm, 'plain') for arm in setting.arms
@@ -45,8 +47,9 @@ def draw_forest(folder: Path, settings: Sequence[Setting], picture: Path) -> Non
                                      if control != 'plain'])
                    for arm in setting.arms if arm == 'regulated']
         panels.append([(title, [c for c in group if c.difference.n]) for title, group in groups])
-    lines = max(sum(len(group) + 1 for _, group in groups if group) for groups in panels)
-    figure, axes = _figure(len(settings), 6.2, 1.4 + 0.3 * max(lines, 1))
+    heights = [1.4 + 0.3 * max(sum(len(group) + 1 for _, group in groups if group), 1) for groups in panels]
+    figure = Figure(figsize=(8, sum(heights) + 0.6), layout='constrained')
+    axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights).flatten()
     for axis, setting, groups in zip(axes, settings, panels, strict=True):
         labels, y = [], 0
         for title, group in groups:

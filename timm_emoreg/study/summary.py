@@ -93,34 +93,50 @@ def make_summary(lines: Sequence[Line]) -> str:
     return markdown(header, rows)
 
 
+def _draw_differences(axis, lines: Sequence[Line], versus: str) -> None:
+    colour, _, marker = STYLES[versus]
+    for y, line in enumerate(lines):
+        if versus not in line.compared:
+            axis.text(0, y, ' not run', color='#777777', fontsize=8, va='center')
+            continue
+        c, p = line.compared[versus]
+        d = c.difference
+        if not math.isnan(d.low):
+            axis.errorbar(d.mean, y, xerr=[[d.mean - d.low], [d.high - d.mean]], color=colour, linewidth=2, capsize=4,
+                          zorder=3)
+            axis.plot(c.by_seed, [y + 0.3] * d.n, 'o', markersize=2, color='#777777', zorder=2)
+        axis.plot(d.mean, y, marker, markersize=5.5, color=colour, markeredgecolor='black', markeredgewidth=0.6,
+                  markerfacecolor=colour if d.n > 1 else 'white', zorder=4)
+        if p < 0.05:
+            axis.text(d.low, y, '* ', fontsize=13, ha='right', va='center')
+    axis.axvline(0, color='black', linewidth=0.9, zorder=1)
+    axis.grid(axis='x', alpha=0.3)
+
+
 def draw_summary(lines: Sequence[Line], picture: Path) -> None:
-    """Draw the table to a PNG: one panel per control, one line per setting, small dots for the seeds."""
+    """Draw the table to a PNG: one panel per control, one line per setting, small dots for the seeds.
+
+    The settings of each model are a block with a scale of its own, as small networks may differ tenfold in what moves
+    them.
+    """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 1.5 + 0.42 * len(lines)), layout='constrained')
-    axes = figure.subplots(1, len(VERSUS), sharex=True, sharey=True)
-    for axis, versus in zip(axes, VERSUS, strict=True):
-        colour, _, marker = STYLES[versus]
-        for y, line in enumerate(lines):
-            if versus not in line.compared:
-                axis.text(0, y, ' not run', color='#777777', fontsize=8, va='center')
-                continue
-            c, p = line.compared[versus]
-            d = c.difference
-            if not math.isnan(d.low):
-                axis.plot([d.low, d.high], [y, y], '-', color=colour, linewidth=2.4, zorder=3)
-                axis.plot(c.by_seed, [y + 0.25] * d.n, 'o', markersize=2, color='#777777', zorder=2)
-            axis.plot(d.mean, y, marker, markersize=8, color=colour, markeredgecolor='black', markeredgewidth=0.7,
-                      markerfacecolor=colour if d.n > 1 else 'white', zorder=4)
-            if p < 0.05:
-                axis.text(d.low, y, '* ', fontsize=13, ha='right', va='center')
-        axis.axvline(0, color='black', linewidth=0.9, zorder=1)
-        axis.grid(axis='x', alpha=0.3)
-        axis.set_title(f'minus {versus}', fontsize=11)
+    models: dict[str, list[Line]] = {}
+    for line in lines:
+        models.setdefault(line.setting.model, []).append(line)
+    figure = Figure(figsize=(14, 1.2 + 0.8 * len(models) + 0.42 * len(lines)), layout='constrained')
+    axes = figure.subplots(len(models), len(VERSUS), sharex='row', sharey='row', squeeze=False,
+                           height_ratios=[len(block) + 0.5 for block in models.values()])
+    for row, (model, block) in zip(axes, models.items(), strict=True):
+        for axis, versus in zip(row, VERSUS, strict=True):
+            _draw_differences(axis, block, versus)
+            axis.set_title(f'{model} minus {versus}', fontsize=10)
+        row[0].set_yticks(range(len(block)),
+                          [f'{line.label} ({len(line.setting.arms[ARM])})' for line in block], fontsize=9)
+        row[0].set_ylim(len(block) - 0.4, -0.6)
+    for axis in axes[-1]:
         axis.set_xlabel('points of test accuracy', fontsize=9)
-    axes[0].set_yticks(range(len(lines)),
-                       [f'{line.label} ({len(line.setting.arms[ARM])})' for line in lines], fontsize=9)
-    axes[0].set_ylim(len(lines) - 0.4, -0.6)
     figure.suptitle('What the method gains over each control: mean and 95 % interval (number of seeds)\n'
-                    'small dots: seeds; *: clear after Holm\'s correction within the setting', fontsize=11)
+                    "small dots: seeds; *: clear after Holm's correction within the setting; "
+                    'each model has a scale of its own', fontsize=11)
     save(figure, picture)

@@ -21,6 +21,18 @@ __all__ = ['Comparison', 'Setting', 'compare', 'compare_with_controls', 'control
            'markdown', 'read_settings', 'spread', 'write_table']
 
 
+def ranges(seeds: Iterable[int]) -> str:
+    """Seeds in words: ``seed 3``, ``seeds 0-4 7``."""
+    numbers, spans = sorted(set(seeds)), []
+    for number in numbers:
+        if spans and number == spans[-1][1] + 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    text = ' '.join(str(first) if first == last else f'{first}-{last}' for first, last in spans)
+    return f'seed{"s"[:len(numbers) > 1]} {text}'
+
+
 class Setting(NamedTuple):
     """What is compared at a time: ``arms`` maps the name of an arm to its rows of results.csv by seed."""
 
@@ -34,7 +46,15 @@ class Setting(NamedTuple):
     def title(self) -> str:
         images = 'all' if self.train_images == 'all' else f'{int(self.train_images):,}'
         stimuli = f'{short_name(self.stimuli)} → ' if self.stimuli else ''
-        return f'{self.model}: {stimuli}{Path(self.target).name}, {images} training images'
+        return (f'{self.model}: {stimuli}{Path(self.target).name}, {images} training images, {self.epochs}, '
+                f'{ranges(seed for runs in self.arms.values() for seed in runs)}')
+
+    @property
+    def epochs(self) -> str:
+        """Of all arms but ``plain+``, whose number follows from theirs."""
+        numbers = {int(row['epochs']) for arm, runs in self.arms.items() for row in runs.values()
+                   if arm.partition(':')[0] != 'plain+' or len(self.arms) == 1}
+        return ' or '.join(map(str, sorted(numbers))) + ' epochs'
 
     @property
     def heading(self) -> str:
@@ -205,12 +225,13 @@ def _column(rows: dict[int, dict[str, str]], name: str) -> list[float]:
     return [float(row[name]) for row in rows.values()]
 
 
-NOTES = '''Test accuracy in percent, of the epoch that the validation part chose. ± is the sd over seeds. Differences
-are paired by seed (same split, order and initial weights of backbone and non-emotional head), in points, with the 95 %
-interval and p of Student's paired t test, and (n) where not every seed has its pair. Holm: p corrected for all
-comparisons of that arm in its table. Images: test images that only the arm has right : only the control, over all seeds
-or as many as left predictions, and McNemar's exact test on these sums. The images are the same ones for each seed, so
-their number is overstated and that p is optimistic.
+NOTES = '''Test accuracy in percent, at the best epoch on validation, which is the last one where only that was judged.
+± is the sd over seeds. Differences are paired by seed (same split, order and initial weights of backbone
+and non-emotional head), in points, with the 95 % interval and p of Student's paired t test, and (n) where
+not every seed has its pair. The intervals are over seeds, for these test images. Holm: p corrected for all
+comparisons of that arm in its table. Images: test images that only the arm has right : only the control,
+over all seeds or as many as left predictions, and McNemar's exact test on these sums. The images are the
+same ones for each seed, so their number is overstated and that p is optimistic.
 '''
 
 
