@@ -297,8 +297,11 @@ def checked_model(args, task: str, splits, experience: Experience | None, batch_
     except BUILD_ERRORS as e:
         if lacks_memory(e):
             raise
-        raise ModelError(f'--model {args.model} cannot be built so: {reason_of(e)}. Change --model-kwargs, --img-size, '
-                         '--small-image, --grad-checkpointing or --experience.') from e
+        given = [flag for flag, value in (
+            ('--model-kwargs', args.model_kwargs), ('--img-size', args.img_size), ('--small-image', args.small_image),
+            ('--grad-checkpointing', args.grad_checkpointing), ('--experience', args.experience)) if value]
+        raise ModelError(f'--model {args.model} cannot be built so: {reason_of(e)}. Change {" or ".join(given)}.'
+                         ) from e
     model.to(device)
     if args.channels_last:
         model.to(memory_format=torch.channels_last)
@@ -782,7 +785,10 @@ def resume_command(args) -> str:
 
 def last_good(args) -> Path | None:
     folder = Path(args.output) / args.experiment
-    return newest_checkpoint(folder / args.task) or newest_checkpoint(folder / 'affect')
+    try:
+        return newest_checkpoint(folder / args.task) or newest_checkpoint(folder / 'affect')
+    except CheckpointError:  # its own error has been told, or will be on the next resume
+        return None
 
 
 def main() -> int:

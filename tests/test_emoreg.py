@@ -740,6 +740,12 @@ def test_errors_of_construction(kwargs, error, message):
 
 
 def test_a_regulated_model_is_no_backbone():
+    with pytest.raises(TypeError, match=r'backbone=None is a NoneType\. Give the name of a timm model, or a built one'):
+        EmoReg(None)
+    with pytest.raises(ValueError, match=r"modulation='no' is a str\. Give True or False"):
+        create(modulation='no')
+    with pytest.raises(ValueError, match=r'num_classes=-1 is below 0\. Give the number of classes, or 0 for none'):
+        create(num_classes=-1)
     with pytest.raises(ValueError, match=r"'EmoReg' is emotionally regulated already\. Give a plain model"):
         EmoReg(EmoReg('test_resnet'))
 
@@ -780,17 +786,21 @@ def new(backbone, **kwargs):
                              **kwargs)
 
 
-@pytest.mark.parametrize(('backbone', 'theirs', 'ours', 'found'), [
-    ('resnet18', SMALL, {}, "'backbone.conv1.weight' has the shape (64, 3, 3, 3), the model needs (64, 3, 7, 7)"),
-    ('resnet18', {'num_affect': 2}, {}, "'head_affect.weight' has the shape (2, 512), the model needs (8, 512)"),
-    ('resnet18', {'num_classes': 7}, {}, "'head.weight' has the shape (7, 512), the model needs (5, 512)"),
+@pytest.mark.parametrize(('backbone', 'theirs', 'ours', 'found', 'argument'), [
+    ('resnet18', SMALL, {}, "'backbone.conv1.weight' has the shape (64, 3, 3, 3), the model needs (64, 3, 7, 7)",
+     'small_image or img_size'),
+    ('resnet18', {'num_affect': 2}, {}, "'head_affect.weight' has the shape (2, 512), the model needs (8, 512)",
+     'num_affect=2'),
+    ('resnet18', {'num_classes': 7}, {}, "'head.weight' has the shape (7, 512), the model needs (5, 512)",
+     'num_classes=7'),
     ('vit_tiny_patch16_224', SMALL, {},
-     "'backbone.pos_embed' has the shape (1, 65, 192), the model needs (1, 197, 192)"),
+     "'backbone.pos_embed' has the shape (1, 65, 192), the model needs (1, 197, 192)", 'small_image or img_size'),
 ])
-def test_a_checkpoint_of_another_form_is_one_error(backbone, theirs, ours, found):
+def test_a_checkpoint_of_another_form_is_one_error(backbone, theirs, ours, found, argument):
     state, model = new(backbone, **theirs).state_dict(), new(backbone, **ours)
     message = re.escape(f'The checkpoint is of another form than the model: its {found}. Build the model with the '
-                        'arguments that the saved one had.')
+                        f'arguments that the saved one had, such as {argument}, or a run of train.py by '
+                        'timm_emoreg.trained.trained_model(PATH).')
     for strict in (True, False):  # as torch does
         with pytest.raises(RuntimeError, match=f'^{message}$'):
             model.load_state_dict(state, strict=strict)

@@ -194,7 +194,9 @@ def test_an_exported_run_brings_its_names_and_size(run, tmp_path):
 
 @pytest.mark.parametrize(('name', 'message'), [
     ('emoreg_resnet18.emojy', "Did you mean 'emoreg_resnet18.emoji'"),
-    ('emoreg_resnet50', "--model 'emoreg_resnet50' is unknown. Known: 'emoreg_resnet18.emoji'"),
+    ('emoreg_resnet50', '--model emoreg_resnet50: no weight of it is released. There are weights of emoreg_resnet18, '
+                       'emoreg_vit_tiny; or give a run of train.py with --checkpoint.'),
+    ('emoreg', '--model emoreg: no weight of it is released.'),
     ('resnet18', '--model resnet18 has no affect response: it is a plain model'),
     ('local-dir:nowhere', '--model local-dir:nowhere: its config.json cannot be read'),
     ('hf-hub:nobody/nothing', '--model hf-hub:nobody/nothing: its config.json cannot be read'),

@@ -16,6 +16,7 @@ from .data.loader import make_loader
 from .emoreg import EmoReg
 from .regulation import regulate
 from .trained import Trained
+from .training.trainable import brief
 
 __all__ = ['Answers', 'Changes', 'affect_gradient', 'answer', 'changed_answers', 'check_device', 'class_affect',
            'describe_image', 'describe_set', 'largest_error', 'top_classes']
@@ -69,8 +70,8 @@ class Answers:
         return len(self.affect)
 
 
-def check_device(device: str) -> None:
-    """Refuse a --device that torch cannot use.
+def check_device(device: str, flag: str = '--device') -> None:
+    """Refuse a device, given by a flag, that torch cannot use.
 
     Raises:
         DataError: If it is unknown or unavailable.
@@ -78,8 +79,8 @@ def check_device(device: str) -> None:
     try:
         torch.zeros(1, device=device).item()  # which 'meta' has not
     except (RuntimeError, AssertionError) as e:
-        raise DataError(f'--device {device}: torch cannot compute there ({str(e).splitlines()[0]}). Leave it out, or '
-                        'give cpu.') from None
+        raise DataError(f'{flag} {device}: torch cannot compute there ({brief(e)}). Leave it out, or give cpu.'
+                        ) from None
 
 
 def answer(trained: Trained, images: ImageSet, device: torch.device | str = 'cpu', gradient: bool = False,

@@ -43,7 +43,10 @@ def check_backbone_name(name: str) -> None:
 
     Raises:
         ValueError: With near names.
+        TypeError: If it is no name.
     """
+    if not isinstance(name, str):
+        raise TypeError(f'backbone={name!r} is a {type(name).__name__}. Give the name of a timm model, or a built one.')
     if ':' in name:  # hf-hub: and local-dir: are resolved by timm
         return
     plain = timm.models.split_model_name_tag(name)[0]

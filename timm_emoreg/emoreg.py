@@ -115,6 +115,10 @@ class EmoReg(nn.Module):
     ):
         super().__init__()
         check_regulation(balance, num_affect, affect_kind, experience)
+        if not isinstance(modulation, bool):
+            raise ValueError(f'modulation={modulation!r} is a {type(modulation).__name__}. Give True or False.')
+        if num_classes is not None and num_classes < 0:
+            raise ValueError(f'num_classes={num_classes} is below 0. Give the number of classes, or 0 for none.')
         balance = balance if isinstance(balance, str) else float(balance)  # NumPy's numbers are not JSON's
         building = dict(backbone_args, in_chans=in_chans, img_size=img_size, global_pool=global_pool, device=device,
                         dtype=dtype, pretrained=pretrained_backbone or None, small_image=small_image or None,
@@ -511,13 +515,17 @@ class EmoReg(nn.Module):
         different = next((name for name, shape in own.items() if shapes.get(name, shape) != shape), None)
         if different is None or 'head_affect.weight' not in shapes:  # without it, it is no checkpoint of an EmoReg
             return
+        part = different.split('.')[0]
+        argument = {'head_affect': f'num_affect={shapes[different][0]}', 'backbone': 'small_image or img_size',
+                    'head': f'num_classes={shapes[different][0]}'}.get(part.removesuffix('_emo'), part)
         architecture = (getattr(self, 'pretrained_cfg', None) or {}).get('architecture')
         weights = [weight.name for weight in zoo.WEIGHTS.values() if weight.architecture == architecture]
+        named = f"; if it was trained from a released weight, by that one's name: {', '.join(weights)}"
         raise RuntimeError(
             f'The checkpoint is of another form than the model: its {different!r} has the shape '
             f'{tuple(shapes[different])}, the model needs {tuple(own[different])}. Build the model with the arguments '
-            'that the saved one had' + (f"; if it was trained from a released weight, by that one's name: "
-                                        f'{", ".join(weights)}' if weights else '') + '.')
+            f'that the saved one had, such as {argument}, or a run of train.py by '
+            f'timm_emoreg.trained.trained_model(PATH){named if weights else ""}.')
 
     # -- experience --------------------------------------------------------------------------------------------
 

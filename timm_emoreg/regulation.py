@@ -17,7 +17,7 @@ arXiv 1709.07871). The formulas of the paper itself were not available; each cho
 from __future__ import annotations
 
 import math
-from numbers import Real
+from numbers import Integral, Real
 from typing import NamedTuple
 
 import torch
@@ -173,6 +173,8 @@ def check_regulation(
         if weight and experience == 'separate':
             raise ValueError(f"{name}={weight!r} has nothing to keep: with experience='separate' the affect "
                              'response comes from a frozen stream. Leave one of the two out.')
+    if isinstance(num_affect, bool) or not isinstance(num_affect, Integral):
+        raise ValueError(f'num_affect={num_affect!r} is a {type(num_affect).__name__}. Give a whole number.')
     least = 2 if affect_kind == 'emotion' else 1
     if num_affect < least:
         why = 'softmax over one emotion is always 1' if num_affect == 1 else 'there is nothing to respond with'

@@ -26,8 +26,8 @@ def has_small_image_form(backbone: str) -> bool:
 def _check_size(size: int | tuple[int, int]) -> tuple[int, int]:
     size = to_2tuple(size)
     if any(s < GRID or s > LARGEST_SIZE for s in size):
-        raise ValueError(f'small_image=True is meant for images of {GRID} to {LARGEST_SIZE} px, got {size}. '
-                         'Leave small_image off for larger ones.')
+        remedy = f'Use {GRID} px or more.' if min(size) < GRID else 'Leave small_image off for larger ones.'
+        raise ValueError(f'small_image=True is meant for images of {GRID} to {LARGEST_SIZE} px, got {size}. {remedy}')
     return size
 
 

@@ -119,8 +119,12 @@ def released_model(name: str) -> Trained:
         weight = zoo.find(name)
         if weight is None:
             architecture = name.split('.')[0]
-            if architecture not in BACKBONES and timm.is_model(architecture):
+            if architecture not in (*BACKBONES, 'emoreg') and timm.is_model(architecture):
                 raise _no_affect(f'--model {name}')
+            if name in (*BACKBONES, 'emoreg'):
+                have = sorted({w.architecture for w in zoo.WEIGHTS.values() if w.at_hand})
+                raise DataError(f'--model {name}: no weight of it is released. There are weights of '
+                                f'{", ".join(have)}; or give a run of train.py with --checkpoint.')
             raise unknown_choice('', '--model', name, [w.name for w in zoo.WEIGHTS.values() if w.at_hand],
                                  'Or give a run of train.py with --checkpoint.')
         name, names = weight.name, weight.affect_names

@@ -60,9 +60,10 @@ def test_own_folder_from_end_to_end(tmp_path):
     (('ferpluss',), {}, r"stimuli 'ferpluss' is unknown\. Known: 'emoji', 'ferplus', 'oasis', 'nemo'\. Did you mean "
                         r"'ferplus'\? Or give the path of a folder with a subfolder per emotion, or of a csv file"),
     (('NEMO',), {}, r"'NEMO' is unknown\..* Did you mean 'nemo'\?"),
-    (('',), {}, r"stimuli '' is unknown"),
+    (('',), {}, r"stimuli '' is unknown.* there is none of that name"),
+    (('cifar10',), {}, r'^cifar10: has no affective labels, so it is no set of stimuli\. Give it by --dataset'),
     (('x' * 5000,), {}, r"stimuli 'x{80}' is unknown"),
-    (('faces/none.csv',), {}, r"'faces/none\.csv' is unknown.* there is none of that name"),
+    (('faces/none.csv',), {}, r'^faces/none\.csv: there is no such file or folder\. Correct the path, or put back'),
     (('ferplus', None, 'majorty'), {}, r"ferplus: labels 'majorty' is unknown\. Known: 'majority', .*'majority'\?"),
     (('emoji',), {'rating_columns': ['v']}, r'emoji: rating_columns and rating_scale belong to a csv file'),
     (('FOLDER',), {'rating_scale': (1, 7)}, r'rating_columns and rating_scale belong to a csv file'),

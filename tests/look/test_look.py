@@ -271,5 +271,6 @@ def test_a_picture_that_cannot_be_written_leaves_nothing(tmp_path, picture, monk
         raise OSError(28, 'No space left on device')
     monkeypatch.setattr(Figure, 'savefig', full)
     assert main([str(picture), '--model', WEIGHT, '-o', str(tmp_path / 'out.png')]) == 2
-    assert 'No space left on device' in capsys.readouterr().err
+    assert capsys.readouterr().err == (f'look: -o {tmp_path / "out.png"}: cannot be written (No space left on device). '
+                                       'Choose another folder, or make room.\n')
     assert [p.name for p in tmp_path.iterdir()] == ['picture.png']

@@ -14,8 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
+from timm_emoreg.study import checks, grid, runner
 from timm_emoreg.study import command as study
-from timm_emoreg.study import grid, runner
 from timm_emoreg.study.command import main
 from timm_emoreg.study.grid import StudyError, read_rows
 from timm_emoreg.study.runner import Study, lock_study
@@ -241,6 +241,7 @@ def test_a_dry_run_writes_nothing(run, tmp_path):
 @pytest.mark.parametrize('given', [True, False])
 def test_jobs_get_their_devices_in_turn(run, tmp_path, monkeypatch, given):
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+    monkeypatch.setattr(checks, 'check_device', lambda device, flag: None)
     devices = ('--devices', 'cuda:0', 'cuda:1') if given else ()
     assert run('--arms', 'plain', '--seeds', 0, 1, 2, 3, '--jobs', 4, *devices)[0] == 0
     devices = [log.read_text().split('--device ')[1].split()[0] for log in (tmp_path / 's/logs').iterdir()]
@@ -268,6 +269,13 @@ def test_time_left_is_that_of_like_runs(run, tmp_path, monkeypatch):
     assert Study(tmp_path / 'none', FAKE).seconds_left([plain]) is None
 
 
+def test_a_place_that_takes_no_folder_is_named(run, tmp_path):
+    (tmp_path / 's').write_text('a file')
+    status, _, err = run('--arms', 'plain', '--seeds', 0)
+    assert (status, err) == (2, f'study: --output {tmp_path / "s"}: cannot be written (File exists). Choose another '
+                                'folder.\n')
+
+
 def test_a_folder_whose_name_is_no_text_is_refused(run, tmp_path, colours):
     folder = tmp_path / os.fsdecode(b'caf\xe9')
     folder.symlink_to(colours)
@@ -278,7 +286,9 @@ def test_a_folder_whose_name_is_no_text_is_refused(run, tmp_path, colours):
 
 
 @pytest.mark.parametrize(('argv', 'message'), [
-    (('--models', 'emoreg_resnet_18'), "model 'emoreg_resnet_18' is unknown"),
+    (('--models', 'emoreg_resnet_18'), '--models emoreg_resnet_18: unknown. timm.list_models() names all, emoreg_*'),
+    (('--models', 'tset_resnet'), 'Did you mean test_resnet?'),
+    (('--devices', 'cpu', 'gpu0'), '--devices gpu0: torch cannot compute there ('),
     (('--stimuli', 'ferpuls'), "stimuli 'ferpuls' is unknown"),
     (('--stimuli', 'emoji+ferpuls'), "stimuli 'ferpuls' is unknown"),
     (('--targets', 'cifar'), "target 'cifar' is unknown"),
@@ -309,7 +319,7 @@ def test_what_does_not_fit_is_refused(run, tmp_path, argv, message):
     ((), ('--lrr', '1'), 'study: test_resnet_cifar10_1000_plain_s0: train.py refuses its flags: unrecognized '
                          'arguments: --lrr 1\n'),
     (('--arms', 'plain:opt=sdg'), (), 'plain.opt=sdg_s0: train.py refuses its flags: --opt sdg'),
-    (('--arms', 'regulated:balance=2'), (), 'balance=2_s0: train.py refuses its flags: balance=2.0 is outside [0, 1]'),
+    (('--arms', 'regulated:balance=2'), (), 'balance=2_s0: train.py refuses its flags: --balance 2.0 is outside [0'),
     (('--target-flags=--cutout 40',), (), 'train.py refuses its flags: --cutout 40: would leave nothing'),
 ])
 def test_flags_that_train_py_refuses_are_refused_before_the_first_run(run, tmp_path, argv, own, message):

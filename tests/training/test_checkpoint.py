@@ -114,8 +114,13 @@ def test_damaged_checkpoints_are_passed_over(tmp_path):
     (tmp_path / 'recovery-5-3.pth.tar').write_bytes((tmp_path / 'last.pth.tar').read_bytes()[:-100])
     assert newest_checkpoint(tmp_path).name == 'last.pth.tar'
     shutil.copy(tmp_path / 'recovery-5-3.pth.tar', tmp_path / 'last.pth.tar')
-    with pytest.raises(CheckpointError, match='not a readable checkpoint'):  # rather than begin again in silence
+    message = (rf'{tmp_path}: none of its checkpoints can be read \(last.pth.tar, recovery-5-3.pth.tar\). Bring back a '
+               'copy of one, or remove this folder, and this stage begins anew')
+    with pytest.raises(CheckpointError, match=message):  # rather than begin again in silence
         newest_checkpoint(tmp_path)
+    (tmp_path / 'last.pth.tar').write_bytes(b'')
+    with pytest.raises(CheckpointError, match=r'not a readable checkpoint \(damaged, or of another kind\)'):
+        load_training_checkpoint(tmp_path / 'last.pth.tar', mmap=True)
 
 
 def test_recovery_of_timms_saver_wins_until_the_epoch_ends(tmp_path):

@@ -16,6 +16,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -82,13 +84,22 @@ def _open(path: Path):
     return picture
 
 
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as e:
+        raise DataError(f'-o {path}: cannot be written ({e.strerror}). Choose another folder, or make room.') from e
+
+
 def _look_at_images(args: argparse.Namespace, trained: Trained, pictures: list) -> None:
     images = ImageSet(args.images, torch.zeros(len(args.images), dtype=torch.long), Target('class', ('unknown',)))
     answers, slopes = answer(trained, images, args.device, gradient=True)
     names = [path.name for path in args.images]
     if len(set(names)) < len(names):  # with a folder per class, the same names come again in each
         names = [f'{path.absolute().parent.name}/{path.name}' for path in args.images]
-    draw_images(trained, names, pictures, answers, slopes, args.output)
+    with _writing(args.output):
+        draw_images(trained, names, pictures, answers, slopes, args.output)
     for i, path in enumerate(args.images):
         name = str(path).encode('utf-8', 'replace').decode()  # which may hold bytes that are no text
         print(json.dumps({'image': name, **describe_image(trained, answers, i)}, ensure_ascii=False))
@@ -102,7 +113,8 @@ def _look_at_set(args: argparse.Namespace, trained: Trained) -> None:
     if args.limit is not None and args.limit < len(images):
         images = images.subset(torch.linspace(0, len(images) - 1, args.limit).round().long())
     answers, _ = answer(trained, images, args.device)
-    draw_set(trained, splits.name, images, answers, args.output)
+    with _writing(args.output):
+        draw_set(trained, splits.name, images, answers, args.output)
     print(json.dumps({'dataset': splits.name, 'part': 'test',
                       **describe_set(trained, answers, images.targets, names)}, ensure_ascii=False))
 

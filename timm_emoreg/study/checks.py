@@ -11,10 +11,11 @@ from pathlib import Path
 import timm
 
 from .. import BACKBONES
+from ..answers import check_device
 from ..data import STIMULI, TARGETS, DataError, load_target, stimuli_parts
 from ..data.choices import unknown_choice
 from ..data.controls import fewer_images
-from ..training.settings import SettingsError, check_tag
+from ..training.settings import SettingsError, check_tag, unknown_model
 from ..training.train_script import load_parse_args
 from .grid import DUAL_HEAD_FLAGS, RESERVED, Run, StudyError
 
@@ -46,7 +47,7 @@ def check_names(args: argparse.Namespace) -> None:
         if dot and name in BACKBONES:
             raise StudyError(f'--models {model}: names a weight, and a study trains its own. Give {name}.')
         if not timm.is_model(name):
-            raise unknown_choice('', 'model', model, timm.list_models('emoreg*'), 'Or give any of timm.list_models().')
+            raise StudyError(str(unknown_model('--models', model)))
         try:
             check_tag(model)
         except SettingsError as e:
@@ -79,6 +80,8 @@ def check_names(args: argparse.Namespace) -> None:
         if name in DUAL_HEAD_FLAGS:
             raise StudyError(f'{flag}: is not for every arm, as it needs the dual head. Give it to arms, such as '
                              'regulated:rehearsal=1 and its controls.')
+    for device in args.devices:
+        check_device(device, '--devices')
     if not args.train_script.is_file():
         raise StudyError(f'{args.train_script}: there is no training script. Give the path of the '
                          "repository's train.py with --train-script.")

@@ -31,10 +31,14 @@ def lock_study(folder: Path) -> Iterator[int]:
     Runs inherit it: if the study is killed, they hold it until they end, so that no run is ever trained twice at once.
 
     Raises:
-        StudyError: If another process holds it.
+        StudyError: If another process holds it, or the folder cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / 'study.lock', 'a+') as file:
+    with contextlib.ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(open(folder / 'study.lock', 'a+'))
+        except OSError as e:
+            raise StudyError(f'--output {folder}: cannot be written ({e.strerror}). Choose another folder.') from e
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

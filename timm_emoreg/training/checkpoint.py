@@ -26,6 +26,8 @@ class CheckpointError(ValueError):
 def _reason(error: Exception) -> str:
     """The one line of an error of torch.load that says what is wrong."""
     text = str(error)
+    if 'mmap can only be used' in text:  # what torch says of anything that is no zip file
+        return 'damaged, or of another kind'
     if forbidden := re.search(r'GLOBAL (\S+)', text):
         return f'it holds a {forbidden[1]}, and only tensors and plain values are read'
     if type(error) in (RuntimeError, OSError, PermissionError, IsADirectoryError) and text:
@@ -55,7 +57,8 @@ def load_training_checkpoint(path: str | Path, mmap: bool = False) -> dict[str, 
         raise CheckpointError(f'{path}: not a readable checkpoint ({_reason(e)}). '
                               'Use another one of the same folder, or train again.') from None
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get('state_dict'), dict):
-        raise CheckpointError(f"{path}: holds no 'state_dict', so it is no training checkpoint.")
+        raise CheckpointError(f"{path}: holds no 'state_dict', so it is no training checkpoint. Give "
+                              'one that train.py wrote.')
     return checkpoint
 
 
@@ -74,21 +77,23 @@ def newest_checkpoint(folder: str | Path) -> Path | None:
     Raises:
         CheckpointError: If there are checkpoints, but all are damaged.
     """
-    found, damaged = [], None
+    found, damaged = [], []
     for path in sorted(Path(folder).glob('*.pth.tar')):
         if path.name == 'recovery_tmp.pth.tar':  # half written, or about to get the name that tells its step
             continue
         try:
             epoch = load_training_checkpoint(path, mmap=True)['epoch']
-        except (CheckpointError, KeyError) as e:
+        except (CheckpointError, KeyError):
             if path.name != 'tmp.pth.tar':
-                damaged = e
+                damaged.append(path.name)
             continue
         recovery = re.fullmatch(r'recovery-\d+-(\d+)\.pth\.tar', path.name)
         position = (epoch, int(recovery[1])) if recovery else (epoch + 1, 0)
         found.append((position, path.name == LAST, path))
-    if not found and damaged is not None:
-        raise damaged
+    if not found and damaged:
+        raise CheckpointError(f'{folder}: none of its checkpoints can be read ({", ".join(damaged)}). Bring back a '
+                              'copy of one, or remove this folder, and this stage begins anew, while finished ones '
+                              'stay.')
     return max(found)[2] if found else None
 
 

@@ -147,7 +147,8 @@ def find_experience(where: str) -> Experience:
             if candidate.is_file():
                 return _from_checkpoint(candidate)
         raise CheckpointError(f'{where}: holds no {BEST} of stage 1, neither itself nor in its folder '
-                              'affect.')
+                              'affect. Give the output folder of a run that had one, or a tag such as '
+                              'emoreg_resnet18.emoji.')
     if os.path.isfile(where):
         return _from_checkpoint(Path(where))
     weight = zoo.WEIGHTS.get(where)

@@ -11,6 +11,8 @@ from timm.utils import init_distributed_device, is_primary, reduce_tensor
 from timm.utils.distributed import is_distributed_env
 from torch import Tensor
 
+from .trainable import brief
+
 __all__ = ['LaunchError', 'asked_to_stop', 'decided_by_primary', 'join_processes', 'lost_another',
            'mean_over_processes']
 
@@ -33,7 +35,7 @@ def join_processes(args: Namespace) -> torch.device:
         raise LaunchError(f'the processes cannot find each other ({str(e).splitlines()[0]}). Start them with torchrun, '
                           'or set MASTER_ADDR and MASTER_PORT, the same for all, beside what SLURM or MPI sets.') from e
     except (AssertionError, RuntimeError) as e:
-        raise LaunchError(f'--device {args.device}: torch cannot compute there ({str(e).splitlines()[0]}). Choose '
+        raise LaunchError(f'--device {args.device}: torch cannot compute there ({brief(e)}). Choose '
                           'another one, or install a torch for it.') from e
     # it may hold the second in which a process started
     args.experiment = decided_by_primary(lambda: args.experiment, args)

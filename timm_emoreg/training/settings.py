@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from argparse import Namespace
 from collections.abc import Collection, Mapping
 from datetime import datetime
@@ -27,7 +28,7 @@ from ..small_image import LARGEST_SIZE, has_small_image_form
 from .optim import base_optimizer
 
 __all__ = ['LABELS_OF_STAGE_1', 'REGULATION', 'SettingsError', 'backbone_args', 'batch_of_a_step', 'check_tag',
-           'complete_settings', 'emoreg_args', 'shapes_stage_1']
+           'complete_settings', 'emoreg_args', 'shapes_stage_1', 'unknown_model']
 
 LABELS_OF_STAGE_1 = ('stimuli_labels', 'shuffle_stimuli_labels', 'rating_columns')
 # arguments of a timm model that have a flag of their own
@@ -133,6 +134,13 @@ def _of_saved_run(args: Namespace, given: Collection[str]) -> Namespace:
     return Namespace(**{**vars(args), **saved, **here})
 
 
+def _as_flags(message: str) -> str:
+    """A message about arguments of `check_regulation`, about the flags that gave them."""
+    message = message.replace("experience='separate'", '--separate-experience')
+    return re.sub(rf"\b({'|'.join((*REGULATION, 'rehearsal'))})=(?:'(\w+)'|([-+.\w]*\w))",
+                  lambda found: f'{flag(found[1])} {found[2] or found[3]}', message)
+
+
 def _check_method(args: Namespace) -> None:
     """Seed, balance and the other choices of regulation."""
     if args.seed >= 2 ** 31:
@@ -148,7 +156,7 @@ def _check_method(args: Namespace) -> None:
             check_regulation(args.balance, 2, 'emotion', 'separate' if args.separate_experience else 'shared',
                              args.balanced_in, args.keep_affect, args.rehearsal)
         except ValueError as e:
-            raise SettingsError(str(e)) from e
+            raise SettingsError(_as_flags(str(e))) from e
 
 
 def check_tag(model: str) -> None:
@@ -163,14 +171,22 @@ def check_tag(model: str) -> None:
         raise SettingsError(f'--model {model}: {name} has no tag {tag!r}. Known: {", ".join(known) or "none"}.')
 
 
+def unknown_model(flag: str, model: str) -> SettingsError:
+    """The error to raise for a model that timm does not know."""
+    near = difflib.get_close_matches(model.split('.')[0], timm.list_models(), n=1)
+    return SettingsError(f"{flag} {model}: unknown. timm.list_models() names all, emoreg_* are this package's."
+                         + (f' Did you mean {near[0]}?' if near else ''))
+
+
 def _check_model(args: Namespace) -> None:
     if args.model == 'emoreg':
         backbone = args.model_kwargs.get('backbone', 'convnext_atto')
         raise SettingsError(f'--model emoreg: wraps a backbone. Give the name of that, such as --model {backbone}.')
+    if ':' in args.model:
+        raise SettingsError(f'--model {args.model}: is a place of weights. Give the name of the model, and the weights '
+                            'of a stage 1 by --experience.')
     if not timm.is_model(args.model.split('.')[0]):
-        near = difflib.get_close_matches(args.model.split('.')[0], timm.list_models(), n=1)
-        raise SettingsError(f'--model {args.model}: unknown. timm.list_models() names all, emoreg_* are this '
-                            f"package's.{f' Did you mean {near[0]}?' if near else ''}")
+        raise unknown_model('--model', args.model)
     name, dot, _ = args.model.partition('.')
     if dot and name in BACKBONES:
         raise SettingsError(f'--model {args.model}: names a weight. Give --model {name}, and the weight of a stage 1 '
@@ -288,8 +304,10 @@ def _check_recipe(args: Namespace) -> None:
         except CANNOT_OPTIMIZE as e:
             reason = str(e).rstrip('.') or 'it cannot be had here'  # timm asserts without a word what must be installed
             near = difflib.get_close_matches(args.opt, list_optimizers(), n=1)
-            raise SettingsError(f'--opt {args.opt}, --opt-kwargs {args.opt_kwargs}: {reason}. '
-                                'timm.optim.list_optimizers() names the optimizers.'
+            if args.opt_kwargs and args.opt in list_optimizers():
+                raise SettingsError(f'--opt {args.opt}, {flag("opt_kwargs", args.opt_kwargs)}: {reason}. Correct '
+                                    '--opt-kwargs.') from e
+            raise SettingsError(f'--opt {args.opt}: {reason}. timm.optim.list_optimizers() names the optimizers.'
                                 + (f' Did you mean {near[0]}?' if near and near[0] != args.opt else '')) from e
 
 

@@ -6,7 +6,8 @@ from copy import deepcopy
 import torch
 from torch import nn
 
-__all__ = ['BUILD_ERRORS', 'DEVICE_ERRORS', 'ModelError', 'check_takes', 'check_takes_one', 'lacks_memory', 'reason_of']
+__all__ = ['BUILD_ERRORS', 'DEVICE_ERRORS', 'ModelError', 'brief', 'check_takes', 'check_takes_one', 'lacks_memory',
+           'reason_of']
 
 
 # what timm's families raise for arguments and image sizes that they do not take
@@ -28,6 +29,12 @@ class ModelError(ValueError):
 def reason_of(error: Exception) -> str:
     """The first line of a message, or the error's type: an assertion may have none."""
     return (str(error).splitlines() or [type(error).__name__])[0].rstrip('.')
+
+
+def brief(error: Exception) -> str:
+    """The first sentence of a message, cut where it is long: torch lists all that it was built for in one line."""
+    text = reason_of(error).split('. ')[0]
+    return text if len(text) <= 160 else f'{text[:159]}…'
 
 
 @torch.no_grad()
