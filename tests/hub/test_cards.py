@@ -105,6 +105,30 @@ def test_a_card_tells_what_was_trained_beside_the_weight(make_record):
     assert 'no evidence' not in make_card(make_record())  # of stage 1, which has no classes
 
 
+def test_a_card_says_what_the_weight_is_below(make_record):
+    weight = make_record(target='cifar10')
+    number = {'weight': 65.0, 'n': 1, 'mean': 65.0, 'sd': None}
+    behind = replace(weight, metrics={'top1': number}, baseline={'top1': {**number, 'mean': 72.4}})
+    assert '**It is 7.4 points below the plain backbone with the same recipe**' in make_card(behind)
+    assert 'below the plain' not in make_card(replace(behind, baseline={'top1': number}))
+    faces = make_record(stimuli='ferplus', licence='other', metric='top1', metrics={'top1': number},
+                        model_args={**weight.model_args, 'affect_kind': 'emotion'})
+    assert "Always answering 'neutral' has an accuracy of 34.5 %." in make_card(faces)
+
+
+@pytest.mark.parametrize(('recipe', 'words'), [
+    ('python train.py --epochs 5 --val-interval 5 --seed 0', 'The last epoch was taken, the only one that was looked'),
+    ('python train.py --epochs 10 --val-interval 5', 'The best epoch was chosen on validation data by CCC'),
+    ('python train.py --epochs 1', 'The best epoch was chosen on validation data by CCC')])
+def test_a_card_says_how_the_epoch_was_chosen(make_record, recipe, words):
+    assert words in make_card(replace(make_record(), recipe=recipe))
+
+
+def test_a_card_says_which_seed_is_released(make_record):
+    card = make_card(replace(make_record(), seeds=(1, 2, 0), hardware='CPU, 1 threads'))
+    assert ', seeds 0, 1, 2 (released: 1, the best on validation data), 60 s per run (CPU, 1 thread) |' in card
+
+
 @pytest.mark.parametrize(('value', 'text'), [
     (0.000417, '0.00042'), (0.00105, '0.0011'), (0.0061, '0.0061'), (0.006100001, '0.0062'), (0.0099999, '0.01'),
     (2e-7, '2e-07')])
