@@ -663,8 +663,9 @@ def run_stage(args, task_name: str, splits, device, experience: Experience | Non
     if is_primary(args):
         with writing(out):
             out.mkdir(exist_ok=True)
-    args.start = time.perf_counter()
-    # a checkpoint holds the settings, and the data may change
+    # what a checkpoint must hold beside the settings: timm's saver keeps these, and nothing else of ours
+    args.start, args.seconds = time.perf_counter(), 0.0
+    args.first_step, args.sums = 0, {}  # of an epoch that was stopped
     args.label_names = splits.target.names
     if task_name == 'emoreg':  # those of an untrained affect response stand nowhere else
         args.affect_names, args.affect_kind = experience.names, experience.affect_kind
@@ -692,7 +693,7 @@ def run_stage(args, task_name: str, splits, device, experience: Experience | Non
     announce(args, task_name, model, splits, stimuli, recipe, chosen, epochs)
 
     # where a stopped run goes on
-    args.first_step, args.sums, first_epoch = 0, {}, 0
+    first_epoch = 0
     if found:
         data = splits.name + (f' or {stimuli.name}' if stimuli else '')
         first_epoch = restore(args, found, data, loop)
