@@ -123,18 +123,11 @@ def colours(tmp_path_factory) -> Path:
     return root
 
 
-def load_train():
-    import importlib.util
-
-    spec = importlib.util.spec_from_file_location('train', Path(__file__).parents[1] / 'train.py')
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
 def train():
     """train.py as a module."""
+    from train_module import load_train
+
     return load_train()
 
 
@@ -142,6 +135,8 @@ def train():
 def trained_run(colours, tmp_path_factory) -> Path:
     """Both stages as train.py leaves them; the emotions are the colours."""
     import signal
+
+    from train_module import load_train
 
     train = load_train()
     output = tmp_path_factory.mktemp('output')

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_process import SCRIPT, Training, colours
+from train_module import SCRIPT
+from training_process import Training, colours
 
 from timm_emoreg.training import processes
 

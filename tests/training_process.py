@@ -1,7 +1,6 @@
 """train.py in processes of their own that start at once: they are forked from one that has imported torch already."""
 from __future__ import annotations
 
-import importlib.util
 import multiprocessing
 import os
 import sys
@@ -13,8 +12,7 @@ from types import ModuleType
 import numpy as np
 import torch
 from PIL import Image
-
-SCRIPT = Path(__file__).parents[1] / 'train.py'
+from train_module import load_train
 
 _context = multiprocessing.get_context('forkserver')
 _context.set_forkserver_preload(['timm_emoreg.task', 'timm_emoreg.data.loader', 'matplotlib.figure', 'timm.optim',
@@ -38,9 +36,7 @@ def _train(out: Connection, argv: tuple, environment: dict[str, object], prepare
     os.dup2(out.fileno(), 2)
     os.environ.update({name: str(value) for name, value in environment.items()})
     torch.set_num_threads(1)
-    spec = importlib.util.spec_from_file_location('train', SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_train()
     if prepare is not None:
         prepare(module)
     sys.argv = ['train.py', *map(str, argv)]
