@@ -297,11 +297,11 @@ def checked_model(args, task: str, splits, experience: Experience | None, batch_
     except BUILD_ERRORS as e:
         if lacks_memory(e):
             raise
-        given = [flag for flag, value in (
-            ('--model-kwargs', args.model_kwargs), ('--img-size', args.img_size), ('--small-image', args.small_image),
-            ('--grad-checkpointing', args.grad_checkpointing), ('--experience', args.experience)) if value]
-        raise ModelError(f'--model {args.model} cannot be built so: {reason_of(e)}. Change {" or ".join(given)}.'
-                         ) from e
+        flags = [flag for flag, value in (
+            ('--model-kwargs', args.model_kwargs), ('--grad-checkpointing', args.grad_checkpointing),
+            ('--experience', args.experience)) if value]
+        raise ModelError(f'--model {args.model} cannot be built so: {reason_of(e)}. Change '
+                         f'{", ".join((*flags, "--img-size"))} or --small-image.') from e
     model.to(device)
     if args.channels_last:
         model.to(memory_format=torch.channels_last)
@@ -591,7 +591,7 @@ def train_epochs(args, loop: Loop, model, first_epoch: int, epochs: int, train_l
                  out: Path) -> None:
     """Train from `first_epoch` on, judge each epoch on the validation part, and write its checkpoint."""
     task, saver = loop.task, loop.saver
-    judge = task.create_evaluator()
+    evaluator = task.create_evaluator()
     for epoch in range(first_epoch, epochs):
         began = time.perf_counter()
         parts = train_epoch(epoch, loop, train_loader, args)
@@ -604,10 +604,11 @@ def train_epochs(args, loop: Loop, model, first_epoch: int, epochs: int, train_l
         if saver is not None:
             with writing(out):
                 lr_now = max(group['lr'] for group in loop.optimizer.param_groups)  # at the end of the epoch
-                columns = {name: scores.get(name, '') for name in judge.metric_names}  # the first row makes the header
+                # the first row makes the header
+                columns = {name: scores.get(name, '') for name in evaluator.metric_names}
                 update_summary(epoch, parts, columns, str(out / 'summary.csv'), lr=lr_now)
                 args.seconds = time.perf_counter() - args.start
-                saver.save_checkpoint(epoch, metric=scores.get(judge.default_metric))
+                saver.save_checkpoint(epoch, metric=scores.get(evaluator.default_metric))
                 for recovery in out.glob('recovery-*.pth.tar'):
                     recovery.unlink()
         say(args, f'epoch {epoch + 1}/{epochs}: ' + ', '.join(f'{k} {v:.4g}' for k, v in parts.items())
@@ -620,7 +621,8 @@ def train_epochs(args, loop: Loop, model, first_epoch: int, epochs: int, train_l
 def device_name(device: torch.device) -> str:
     if device.type == 'cuda':
         return torch.cuda.get_device_name(device)
-    return f'CPU, {torch.get_num_threads()} threads' if device.type == 'cpu' else str(device)
+    threads = torch.get_num_threads()
+    return f'CPU, {threads} thread{"s"[:threads > 1]}' if device.type == 'cpu' else str(device)
 
 
 def judge(args, task_name: str, loop: Loop, splits, test_loader, experience: Experience | None, out: Path,
@@ -785,11 +787,13 @@ def resume_command(args) -> str:
 
 
 def last_good(args) -> Path | None:
-    folder = Path(args.output) / args.experiment
-    try:
-        return newest_checkpoint(folder / args.task) or newest_checkpoint(folder / 'affect')
-    except CheckpointError:  # its own error has been told, or will be on the next resume
-        return None
+    for task in (args.task, 'affect'):
+        try:
+            if found := newest_checkpoint(Path(args.output) / args.experiment / task):
+                return found
+        except CheckpointError:  # all are damaged, which this message is not about
+            continue
+    return None
 
 
 def main() -> int:

@@ -68,7 +68,7 @@ def test_every_file_has_its_subject(text):
 @pytest.mark.parametrize('page', ['README.md', 'hub_cards/RESULTS.md', 'hub_cards/WALK.md', 'hub_cards/study/README.md',
                                   'hub_cards/study/recipes.md'])
 def test_links_lead_somewhere(page):
-    if not (ROOT / page).is_file():
+    if not (ROOT / 'hub_cards').is_dir():
         pytest.skip('the cards are not part of a source distribution')
 
     def anchors(path):

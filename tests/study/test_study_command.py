@@ -14,8 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
-from timm_emoreg.study import checks, grid, runner
 from timm_emoreg.study import command as study
+from timm_emoreg.study import grid, runner
 from timm_emoreg.study.command import main
 from timm_emoreg.study.grid import StudyError, read_rows
 from timm_emoreg.study.runner import Study, lock_study
@@ -241,7 +241,6 @@ def test_a_dry_run_writes_nothing(run, tmp_path):
 @pytest.mark.parametrize('given', [True, False])
 def test_jobs_get_their_devices_in_turn(run, tmp_path, monkeypatch, given):
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
-    monkeypatch.setattr(checks, 'check_device', lambda device, flag: None)
     devices = ('--devices', 'cuda:0', 'cuda:1') if given else ()
     assert run('--arms', 'plain', '--seeds', 0, 1, 2, 3, '--jobs', 4, *devices)[0] == 0
     devices = [log.read_text().split('--device ')[1].split()[0] for log in (tmp_path / 's/logs').iterdir()]

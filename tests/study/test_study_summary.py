@@ -82,8 +82,8 @@ def test_the_picture_has_a_panel_a_control(csv, figures):
         f'resnet10t minus {versus}' for versus in ('plain', 'init', 'shuffled', 'unlabelled')]
     assert [text.get_text() for text in axes[0].get_yticklabels()] == ['all of it (3)', 'one seed (1)']
     d = lines[0].compared['plain'][0].difference
-    drawn = axes[0].containers[0].lines[2][0].get_segments()[0]
-    assert drawn.tolist() == [[pytest.approx(d.low), 0], [pytest.approx(d.high), 0]]
+    drawn, = [line for line in axes[0].lines if len(line.get_xdata()) == 2 and list(line.get_ydata()) == [0, 0]]
+    assert list(drawn.get_xdata()) == [d.low, d.high]
     assert [text.get_text().strip() for text in axes[3].texts] == ['not run'] * 2
 
 
@@ -122,8 +122,8 @@ def test_the_command_writes_between_the_marks(csv, capsys):
 
 
 def test_the_readme_has_the_table_of_the_results():
-    if not (ROOT / 'README.md').is_file():
-        pytest.skip('an installed package has no README beside it')
+    if not (ROOT / 'hub_cards').is_dir():
+        pytest.skip('the cards are not part of a source distribution')
     table = make_summary(read_summary(ROOT / 'hub_cards/study/summary.csv'))
     assert between_marks(ROOT / 'README.md', 'study') == table.rstrip('\n')
 

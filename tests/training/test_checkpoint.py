@@ -135,6 +135,19 @@ def test_recovery_of_timms_saver_wins_until_the_epoch_ends(tmp_path):
         assert newest_checkpoint(tmp_path).name == f'{expected}.pth.tar'
 
 
+def save_epoch(saver, epoch, metric):
+    """With weights that tell the epoch."""
+    saver.model.weight.data.fill_(epoch)
+    return saver.save_checkpoint(epoch, metric)
+
+
+def epoch_of(path):
+    """The epoch of a checkpoint whose weights are of that epoch, too."""
+    checkpoint = load_training_checkpoint(path)
+    assert bool((checkpoint['state_dict']['weight'] == checkpoint['epoch']).all())
+    return checkpoint['epoch']
+
+
 def saver_of(folder):
     model = torch.nn.Linear(2, 2)
     return CheckpointSaver(model, torch.optim.SGD(model.parameters(), lr=1), max_history=1,
@@ -165,38 +178,35 @@ def killed_at(saver, monkeypatch, moment):
 @pytest.mark.parametrize('moment', ['last', 'checkpoint', 'model_best'])
 def test_a_kill_between_two_writes_of_the_saver_costs_no_best_epoch(tmp_path, monkeypatch, moment, metric):
     saver = saver_of(tmp_path)
-    saver.save_checkpoint(0, 1.0)
+    save_epoch(saver, 0, 1.0)
     killed_at(saver, monkeypatch, moment)
     if moment == 'last' or metric > 1:  # a worse epoch is written as `last` alone
         with pytest.raises(Killed):
-            saver.save_checkpoint(1, metric)
+            save_epoch(saver, 1, metric)
     else:
-        saver.save_checkpoint(1, metric)
+        save_epoch(saver, 1, metric)
 
     again, newest = saver_of(tmp_path), newest_checkpoint(tmp_path)
     assert newest.name == ('tmp.pth.tar' if moment == 'last' else 'last.pth.tar')
     resume_saver(again, load_training_checkpoint(newest))
     best = (1, 2.0) if metric > 1 else (0, 1.0)
     assert (again.best_epoch, again.best_metric) == best
-    assert load_training_checkpoint(tmp_path / 'model_best.pth.tar')['epoch'] == best[0]
-    assert again.save_checkpoint(2, 1.5) == ((2.0, 1) if metric > 1 else (1.5, 2))
+    assert epoch_of(tmp_path / 'model_best.pth.tar') == best[0]
+    assert save_epoch(again, 2, 1.5) == ((2.0, 1) if metric > 1 else (1.5, 2))
 
 
 @pytest.mark.parametrize('left_behind', ['missing', 'stale', 'damaged'])
 def test_the_best_checkpoint_is_restored(tmp_path, left_behind):
     saver, best = saver_of(tmp_path), tmp_path / 'model_best.pth.tar'
-    saver.save_checkpoint(3, 1.0)
-    saver.save_checkpoint(4, 0.5)
-    if left_behind == 'missing':
-        best.unlink()
-    elif left_behind == 'stale':
-        best.unlink()
+    save_epoch(saver, 3, 1.0)
+    save_epoch(saver, 4, 0.5)
+    best.unlink()
+    if left_behind == 'stale':
         save(best, 1)
-    else:
-        best.unlink()
+    elif left_behind == 'damaged':
         best.write_bytes(b'PK')
     resume_saver(saver_of(tmp_path), load_training_checkpoint(tmp_path / 'last.pth.tar'))
-    assert load_training_checkpoint(best)['epoch'] == 3
+    assert epoch_of(best) == 3
     assert {p.name for p in tmp_path.iterdir()} == {'checkpoint-3.pth.tar', 'last.pth.tar', 'model_best.pth.tar'}
 
 

@@ -89,6 +89,8 @@ from timm_emoreg.training.settings import batch_of_a_step
     (('--opt', 'muon', '--opt-kwargs', 'ns_steps=abc'), '--opt muon, --opt-kwargs ns_steps=abc: '),
     (('--opt', 'lookahead_adahessian'), 'adahessian: needs second derivatives, which train.py does not compute'),
     (('--opt', 'bnbadamw', '--device', 'cpu'), '--opt bnbadamw: '),
+    (('--opt', 'bnbadamw', '--opt-kwargs', 'foo=3', '--device', 'cpu'), '. timm.optim.list_optimizers() names the'),
+    (('--opt', 'lookahead_adamw', '--opt-kwargs', 'foo=3'), "'foo'. Correct --opt-kwargs."),
     (('--opt', ''), '--opt: is empty'),
     (('--opt', 'adamw', '--opt-kwargs', 'foreach'), 'argument --opt-kwargs: expected name=value, got foreach'),
     (('--model-kwargs', 'patch_drop_rate', '0.5'), 'argument --model-kwargs: expected name=value, got patch_drop_rate'),

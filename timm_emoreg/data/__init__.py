@@ -27,13 +27,14 @@ def _own_path(name: str, what: str, known: Sequence[str], kinds: str) -> Path:
     path = os.path.expanduser(name)
     if not os.path.exists(path):  # False, not an error, for the empty name and for any that no file can have
         if name in TARGETS:
-            raise DataError(f'{name}: has no affective labels, so it is no set of stimuli. Give it by --dataset, and '
-                            f'as stimuli one of {", ".join(STIMULI)}.')
+            raise DataError(f'{name}: has no affective labels. It can be a classification target; stimuli are '
+                            f'{", ".join(STIMULI)}.')
         if name in STIMULI:
-            raise DataError(f'{name}: has affective labels only, so it is no classification target. Give it by '
-                            f'--stimuli, and as target one of {", ".join(TARGETS)}.')
+            raise DataError(f'{name}: has affective labels only. It can be stimuli; classification targets are '
+                            f'{", ".join(TARGETS)}.')
         if os.sep in name:
-            raise DataError(f'{name}: there is no such file or folder. Correct the path, or put back what lay there.')
+            raise DataError(f'{name[:200]!r}: there is no such file or folder. Correct the path, or put back what lay '
+                            'there.')
         raise unknown_choice('', what, name, known, f'Or give the path of {kinds}; there is none of that name.')
     return Path(path)
 

@@ -107,8 +107,8 @@ def _results(weight: Weight) -> str:
 def _behind(weight: Weight) -> str:
     """What a weight is below the plain backbone of the same recipe, in a sentence; empty if it is not."""
     baseline = weight.baseline.get(weight.metric)
-    below = baseline['mean'] - weight.metrics[weight.metric]['mean'] if baseline else 0
-    if below <= 0:
+    below = round(baseline['mean'], 1) - round(weight.metrics[weight.metric]['mean'], 1) if baseline else 0
+    if round(below, 1) <= 0:  # as the table has them
         return ''
     return (f'**It is {below:.1f} points below the plain backbone with the same recipe**: for classification alone, '
             'take that one.\n\n')
@@ -116,9 +116,9 @@ def _behind(weight: Weight) -> str:
 
 def _choice(weight: Weight) -> str:
     """How the epoch was chosen, by the recipe."""
-    flags = {name: value for name, value in pairwise(shlex.split(weight.recipe))
-             if name in ('--epochs', '--val-interval')}
-    if '--val-interval' in flags and flags['--val-interval'] == flags.get('--epochs'):
+    flags = dict(pairwise(shlex.split(weight.recipe)))
+    epochs = (None if weight.target else flags.get('--affect-epochs')) or flags.get('--epochs')
+    if epochs is not None and int(flags.get('--val-interval', 1)) >= int(epochs):
         return 'The last epoch was taken, the only one that was looked at on validation data'
     return f'The best epoch was chosen on validation data by {metric_name(weight.metric)}'
 

@@ -5,10 +5,12 @@ import argparse
 import contextlib
 import io
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
 import timm
+import torch
 
 from .. import BACKBONES
 from ..answers import check_device
@@ -80,8 +82,10 @@ def check_names(args: argparse.Namespace) -> None:
         if name in DUAL_HEAD_FLAGS:
             raise StudyError(f'{flag}: is not for every arm, as it needs the dual head. Give it to arms, such as '
                              'regulated:rehearsal=1 and its controls.')
-    for device in args.devices:
-        check_device(device, '--devices')
+    for device in args.devices:  # a GPU that is there is not touched: the study would hold its memory all along
+        place = re.fullmatch(r'cuda(?::(\d+))?', device)
+        if place is None or int(place[1] or 0) >= torch.cuda.device_count():
+            check_device(device, '--devices')
     if not args.train_script.is_file():
         raise StudyError(f'{args.train_script}: there is no training script. Give the path of the '
                          "repository's train.py with --train-script.")

@@ -102,8 +102,8 @@ def _draw_differences(axis, lines: Sequence[Line], versus: str) -> None:
         c, p = line.compared[versus]
         d = c.difference
         if not math.isnan(d.low):
-            axis.errorbar(d.mean, y, xerr=[[d.mean - d.low], [d.high - d.mean]], color=colour, linewidth=2, capsize=4,
-                          zorder=3)
+            axis.plot([d.low, d.high], [y, y], '-', color=colour, linewidth=2, marker='|', markersize=8,
+                      markeredgewidth=1.6, zorder=3)
             axis.plot(c.by_seed, [y + 0.3] * d.n, 'o', markersize=2, color='#777777', zorder=2)
         axis.plot(d.mean, y, marker, markersize=5.5, color=colour, markeredgecolor='black', markeredgewidth=0.6,
                   markerfacecolor=colour if d.n > 1 else 'white', zorder=4)

@@ -52,9 +52,9 @@ class Setting(NamedTuple):
     @property
     def epochs(self) -> str:
         """Of all arms but ``plain+``, whose number follows from theirs."""
-        numbers = {int(row['epochs']) for arm, runs in self.arms.items() for row in runs.values()
-                   if arm.partition(':')[0] != 'plain+' or len(self.arms) == 1}
-        return ' or '.join(map(str, sorted(numbers))) + ' epochs'
+        own = {arm: runs for arm, runs in self.arms.items() if arm.partition(':')[0] != 'plain+'} or self.arms
+        numbers = sorted({int(row['epochs']) for runs in own.values() for row in runs.values()})
+        return ' or '.join(map(str, numbers)) + (' epoch' if numbers == [1] else ' epochs')
 
     @property
     def heading(self) -> str:

@@ -171,10 +171,10 @@ def check_tag(model: str) -> None:
         raise SettingsError(f'--model {model}: {name} has no tag {tag!r}. Known: {", ".join(known) or "none"}.')
 
 
-def unknown_model(flag: str, model: str) -> SettingsError:
-    """The error to raise for a model that timm does not know."""
+def unknown_model(given_by: str, model: str) -> SettingsError:
+    """The error to raise for a model that timm does not know, given by a flag."""
     near = difflib.get_close_matches(model.split('.')[0], timm.list_models(), n=1)
-    return SettingsError(f"{flag} {model}: unknown. timm.list_models() names all, emoreg_* are this package's."
+    return SettingsError(f"{given_by} {model}: unknown. timm.list_models() names all, emoreg_* are this package's."
                          + (f' Did you mean {near[0]}?' if near else ''))
 
 
@@ -304,11 +304,19 @@ def _check_recipe(args: Namespace) -> None:
         except CANNOT_OPTIMIZE as e:
             reason = str(e).rstrip('.') or 'it cannot be had here'  # timm asserts without a word what must be installed
             near = difflib.get_close_matches(args.opt, list_optimizers(), n=1)
-            if args.opt_kwargs and args.opt in list_optimizers():
+            if args.opt_kwargs and _works_without_kwargs(args):
                 raise SettingsError(f'--opt {args.opt}, {flag("opt_kwargs", args.opt_kwargs)}: {reason}. Correct '
                                     '--opt-kwargs.') from e
             raise SettingsError(f'--opt {args.opt}: {reason}. timm.optim.list_optimizers() names the optimizers.'
                                 + (f' Did you mean {near[0]}?' if near and near[0] != args.opt else '')) from e
+
+
+def _works_without_kwargs(args: Namespace) -> bool:
+    try:
+        _try_optimizer(Namespace(**{**vars(args), 'opt_kwargs': {}}), 'cpu')
+    except CANNOT_OPTIMIZE:
+        return False
+    return True
 
 
 def _check_has_effect(args: Namespace, given: Collection[str]) -> None:
