@@ -19,12 +19,21 @@ def test_the_ends_of_the_balance_are_exact(pairs):
     assert torch.equal(regulate(z, z_emo, torch.ones(1, 1)), z_emo)
 
 
-@given(normal, normal, st.floats(0, 1))
-def test_the_balance_lies_between(z, z_emo, r):
-    y = regulate(torch.tensor(z), torch.tensor(z_emo), torch.tensor(r)).item()
+def check_between(z, z_emo, r, dtype):
+    y = regulate(*(torch.tensor(value, dtype=dtype) for value in (z, z_emo, r))).item()
     slack = 1e-6 * (abs(z) + abs(z_emo))
     assert math.isclose(y, (1 - r) * z + r * z_emo, rel_tol=1e-5, abs_tol=slack)
     assert min(z, z_emo) - slack <= y <= max(z, z_emo) + slack
+
+
+@given(numbers, numbers, st.floats(0, 1))
+def test_the_balance_lies_between(z, z_emo, r):
+    check_between(z, z_emo, r, torch.float64)  # which has the half of the smallest number of 32 bits, too
+
+
+@given(normal, normal, st.floats(0, 1))
+def test_the_balance_lies_between_in_32_bits(z, z_emo, r):
+    check_between(z, z_emo, r, torch.float32)
 
 
 def test_the_balance_of_each_image_is_its_own():

@@ -280,7 +280,7 @@ def test_a_folder_whose_name_is_no_text_is_refused(run, tmp_path, colours):
     folder.symlink_to(colours)
     status, _, err = run('--targets', folder)
     assert (status, err.count('\n')) == (2, 1)
-    assert r'caf\udce9: the path is no text in UTF-8, and the tables of a study are. Rename the folder' in err
+    assert r"caf\udce9': the path is no text in UTF-8, and the tables of a study are. Rename the folder" in err
     assert not (tmp_path / 's').exists()
 
 

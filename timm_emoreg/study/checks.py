@@ -33,10 +33,6 @@ def _is_text(path: str) -> bool:
     return True
 
 
-def _shown(text: str) -> str:
-    return text.encode(errors='backslashreplace').decode()
-
-
 def check_names(args: argparse.Namespace) -> None:
     """Refuse names and numbers that nothing has, or that the study decides itself.
 
@@ -61,7 +57,7 @@ def check_names(args: argparse.Namespace) -> None:
             if name not in known and not os.path.isdir(path) and not (what == 'stimuli' and os.path.isfile(path)):
                 raise unknown_choice('', what, name, known, 'Or give a folder with a subfolder per class.')
             if name not in known and not _is_text(os.path.abspath(path)):
-                raise StudyError(f'--{what} {_shown(name)}: the path is no text in UTF-8, and the tables of a study '
+                raise StudyError(f'--{what} {name!a}: the path is no text in UTF-8, and the tables of a study '
                                  'are. Rename the folder, or give a link to it.')
     tables = [name for name in stimuli if os.path.isfile(os.path.expanduser(name))]
     if bool(tables) != bool(args.rating_columns) or bool(tables) != bool(args.rating_scale):

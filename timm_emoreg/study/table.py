@@ -21,7 +21,7 @@ __all__ = ['Comparison', 'Setting', 'compare', 'compare_with_controls', 'control
            'markdown', 'read_settings', 'spread', 'write_table']
 
 
-def ranges(seeds: Iterable[int]) -> str:
+def _ranges(seeds: Iterable[int]) -> str:
     """Seeds in words: ``seed 3``, ``seeds 0-4 7``."""
     numbers, spans = sorted(set(seeds)), []
     for number in numbers:
@@ -47,7 +47,7 @@ class Setting(NamedTuple):
         images = 'all' if self.train_images == 'all' else f'{int(self.train_images):,}'
         stimuli = f'{short_name(self.stimuli)} → ' if self.stimuli else ''
         return (f'{self.model}: {stimuli}{Path(self.target).name}, {images} training images, {self.epochs}, '
-                f'{ranges(seed for runs in self.arms.values() for seed in runs)}')
+                f'{_ranges(seed for runs in self.arms.values() for seed in runs)}')
 
     @property
     def epochs(self) -> str:
