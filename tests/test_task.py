@@ -214,6 +214,15 @@ def test_a_model_may_go_from_stage_1_to_stage_2(batch):
         assert task.train()(*batch)['output'].shape == (B, C)
 
 
+def test_what_the_user_froze_stays_frozen():
+    model = make()
+    for part in (model.head, model.modulation):
+        part.requires_grad_(False)
+    EmoRegTask(model)
+    frozen = {name.partition('.')[0] for name, p in model.named_parameters() if not p.requires_grad}
+    assert frozen == {'head', 'modulation'}
+
+
 @pytest.mark.parametrize('kind', ['class', 'votes', 'ratings'])
 def test_rehearsal_adds_the_loss_of_stage_1(batch, kind):
     x, target = batch

@@ -100,7 +100,7 @@ def similarity(model: EmoReg, images: ImageSet, size: tuple[int, int], device: t
 def _untrained(model: EmoReg) -> EmoReg:
     """A model of the same form as it is before any training, seed 0."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)  # torch.manual_seed reseeds those of GPUs, too, which stay as they are
         return timm.create_model(model.pretrained_cfg['architecture'], **get_model_args(model))
 
 

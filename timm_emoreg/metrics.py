@@ -387,7 +387,8 @@ class EmotionEvaluator(ClassificationEvaluator):
         else:
             target_index = target
         self.loss_sum += self.criterion(output, target).to(self.loss_sum.dtype) * output.shape[0]
-        self.counts += _count_hits(output.argmax(-1), target_index, self.num_classes)
+        best = output.topk(min(5, self.num_classes)).indices[:, 0]  # as timm does: of equal logits argmax takes others
+        self.counts += _count_hits(best, target_index, self.num_classes)
 
     def _summary(self, loss_sum: Tensor, counts: Tensor) -> OrderedDict[str, float]:
         hits, total = counts.sum(1).tolist()

@@ -172,10 +172,10 @@ class EmoRegTask(ClassificationTask):
         if keep_affect:
             before = copy.deepcopy(model).eval().requires_grad_(False)
             before.set_training_output('affect')
-        # a model that comes straight from stage 1 has all of these the other way round
-        for part in (model.head, model.head_emo, model.modulation, model.regulation):
-            if part is not None:
-                part.requires_grad_(True)
+        if model.training_output == 'affect':  # it comes straight from stage 1, which froze these
+            for part in (model.head, model.head_emo, model.modulation, model.regulation):
+                if part is not None:
+                    part.requires_grad_(True)
         model.head_affect.requires_grad_(
             model.experience == 'shared'
             and (model.modulation is not None or kind == 'gate' or keep_affect > 0 or rehearsal > 0))
