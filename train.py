@@ -137,6 +137,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group = parser.add_argument_group('emotional regulation')
     group.add_argument('--experience', metavar='PATH-or-tag',
                        help="stage 1's result: checkpoint, folder or weight tag; 'none' for the dual head without it")
+    group.add_argument('--experience-share', type=share, default=1.0, metavar='SHARE',
+                       help="of stage 1's backbone in the one that stage 2 starts from; the rest is as without stage 1 "
+                            '(shrink and perturb)')
     group.add_argument('--stimuli', help='emoji, ferplus, oasis, nemo, a folder or csv, or several with + between '
                                          'them; stage 1 runs first')
     group.add_argument('--stimuli-labels', help="which labels of the stimuli, e.g. probability for ferplus; 'rotation' "
@@ -258,7 +261,7 @@ def needs_pretrained(args, task: str, splits, experience: Experience | None, res
     if resumed:  # the affect response that is kept close to is in no checkpoint
         return task == 'emoreg' and args.keep_affect > 0 and not taught
     classifier = len(splits.target) == timm.get_pretrained_cfg(args.backbone).num_classes
-    return classifier or not taught or (task == 'emoreg' and args.separate_experience)
+    return classifier or not taught or args.experience_share < 1 or (task == 'emoreg' and args.separate_experience)
 
 
 def build_model(args, task: str, splits, experience: Experience | None, resumed: bool = False):
@@ -268,7 +271,7 @@ def build_model(args, task: str, splits, experience: Experience | None, resumed:
         model = create_backbone(args.backbone, num_classes=len(splits.target), pretrained=pretrained,
                                 **backbone_args(vars(args)), **dropped)
         if experience is not None:
-            load_backbone(model, experience)
+            load_backbone(model, experience, args.experience_share)
         return model
     name, form = emoreg_args(vars(args))
     common = {**form, **dropped, 'pretrained_backbone': pretrained}
@@ -279,12 +282,13 @@ def build_model(args, task: str, splits, experience: Experience | None, resumed:
                               affect_kind=experience.affect_kind, balance=args.balance, modulation=args.modulation,
                               experience='separate' if args.separate_experience else 'shared', **common)
     if experience.state_dict:
-        model.load_experience(experience.state_dict)
+        model.load_experience(experience.state_dict, args.experience_share)
     return model
 
 
-def checked_model(args, task: str, splits, experience: Experience | None, batch_size: int, device, resumed: bool):
-    """The model on its device, if it takes images of these sizes and so many of them at once."""
+def checked_model(args, task: str, splits, experience: Experience | None, batch_size: int, epochs: int, device,
+                  resumed: bool):
+    """The model on its device, if it takes images of the sizes of all epochs and so many of them at once."""
     try:
         model = build_model(args, task, splits, experience, resumed)
         if args.grad_checkpointing:
@@ -306,11 +310,14 @@ def checked_model(args, task: str, splits, experience: Experience | None, batch_
     if args.channels_last:
         model.to(memory_format=torch.channels_last)
     check_takes(model, args.model, '--img-size', args.img_size, device)
-    if args.start_img_size is not None:
-        check_takes(model, args.model, '--start-img-size', args.start_img_size, device)
+    start = args.start_img_size
+    if start is not None:
+        for size in sorted({start, *(size_of_epoch(epoch, epochs, start, args.img_size) for epoch in range(epochs))}):
+            grown = '' if size == start else f' {start}, grown to'
+            check_takes(model, args.model, f'--start-img-size{grown}', size, device)
     synced = args.sync_bn and args.distributed
     if batch_size == 1 and not synced:
-        check_takes_one(model, args.model, args.start_img_size or args.img_size, device)
+        check_takes_one(model, args.model, start or args.img_size, device)
     # timm's own, which keeps the activation that many of its layers hold
     return convert_sync_batchnorm(model) if synced else model
 
@@ -354,11 +361,11 @@ def choose(args, model, splits, stimuli, device, out: Path) -> dict[str, str]:
 
 def loaders_of(args, model, splits, stimuli, batch_size: int, chosen: dict[str, str], epochs: int, device):
     """Loaders of the training, validation and test part; the first one also has the `stimuli` to rehearse."""
-    def loader_of(splits, part, kind=args.loader):
+    def loader_of(splits, part, kind=args.loader, seed=args.seed):
         return make_loader(
             part, (args.img_size, args.img_size), batch_size, resolve_model_data_config(model),
             training=part is splits.train, kind=kind, device=device, augment=not args.no_aug,
-            flip=args.hflip if splits.flip_safe else 'none', cutout=args.cutout, seed=args.seed,
+            flip=args.hflip if splits.flip_safe else 'none', cutout=args.cutout, seed=seed,
             channels_last=args.channels_last, workers=args.workers, rank=args.rank, world_size=args.world_size)
 
     train = loader_of(splits, splits.train, chosen['loader'])
@@ -366,7 +373,9 @@ def loaders_of(args, model, splits, stimuli, batch_size: int, chosen: dict[str, 
     if args.start_img_size is not None:
         train = ProgressiveLoader(train, args.start_img_size, epochs)
     if stimuli is not None:
-        train = RehearsalLoader(train, loader_of(stimuli, stimuli.train, chosen['stimuli_loader']))
+        # by a seed that no --seed is: the same one would pair as many stimuli as images alike in each epoch
+        own = args.seed + 2 ** 31
+        train = RehearsalLoader(train, loader_of(stimuli, stimuli.train, chosen['stimuli_loader'], own))
     return train, validation, test
 
 
@@ -681,12 +690,12 @@ def run_stage(args, task_name: str, splits, device, experience: Experience | Non
 
     found = newest_checkpoint(out)
     random_seed(args.seed)
-    model = checked_model(args, task_name, splits, experience, batch_size, device, resumed=found is not None)
+    epochs = (args.affect_epochs or args.epochs) if task_name == 'affect' else args.epochs
+    model = checked_model(args, task_name, splits, experience, batch_size, epochs, device, resumed=found is not None)
     chosen = choose(args, model, splits, stimuli, device, out)
     if chosen.get('attention') == 'plain':  # before the task copies the model
         use_plain_attention(model)
     task = build_task(args, task_name, model, splits, device, stimuli)
-    epochs = (args.affect_epochs or args.epochs) if task_name == 'affect' else args.epochs
     train_loader, validation_loader, test_loader = loaders_of(args, model, splits, stimuli, batch_size, chosen, epochs,
                                                               device)
     recipe = recipe_of(args, task_name, model)
@@ -766,7 +775,8 @@ def run(args) -> None:
             if args.task != 'affect':
                 if experience is not None:
                     say(args, f'experience: {experience.source}, affect response of {experience.num_affect} '
-                              f'({", ".join(experience.names) or experience.affect_kind})' + experience.unfinished)
+                              f'({", ".join(experience.names) or experience.affect_kind})' + experience.unfinished
+                              + (f'; {args.experience_share:g} of its backbone' if args.experience_share < 1 else ''))
                 results.append(run_stage(args, args.task, target, device, experience, rehearsed))
         except Exception:
             if is_primary(args) and not args.resume:

@@ -690,6 +690,34 @@ def test_load_experience(experience):
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items() if k.startswith(untouched))
 
 
+def test_a_share_of_an_experience_is_mixed_with_what_the_backbone_has():
+    torch.manual_seed(9)
+    stage_1 = create().state_dict()
+    stage_1['backbone.bn1.num_batches_tracked'] += 7
+    for share in (0.0, 0.3, 1.0):
+        model = create()
+        before = copy.deepcopy(model.state_dict())
+        model.load_experience({k: v.bfloat16() if v.is_floating_point() else v for k, v in stage_1.items()}, share)
+        for key, value in model.state_dict().items():
+            taught = stage_1[key].bfloat16().to(value) if value.is_floating_point() else stage_1[key]
+            if key.startswith(HEADS):
+                assert torch.equal(value, before[key])
+            elif not value.is_floating_point() or key.startswith('head_affect.'):
+                assert torch.equal(value, taught)
+            elif share in (0, 1):
+                assert torch.equal(value, taught if share else before[key])
+            else:
+                torch.testing.assert_close(value, share * taught + (1 - share) * before[key])
+    separate = create(experience='separate')
+    for refused, share, why in ((create(), 1.5, r'share=1\.5 is outside \[0, 1\]: 1 takes the experience as it is'),
+                                (create(), float('nan'), 'share=nan is outside'),
+                                (separate, 0.5, "share=0.5: experience='separate' keeps stage 1 as it is. Leave one")):
+        before = copy.deepcopy(refused.state_dict())
+        with pytest.raises(ValueError, match=why):
+            refused.load_experience(stage_1, share)
+        assert all(torch.equal(v, before[k]) for k, v in refused.state_dict().items())
+
+
 @pytest.mark.parametrize('experience', ['shared', 'separate'])
 def test_experience_of_another_image_size_is_resized_as_timm_resizes_weights(experience):
     torch.manual_seed(9)

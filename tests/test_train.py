@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from timm_emoreg.data import DataError, load_target
+from timm_emoreg.data.rehearsal import RehearsalLoader
 from timm_emoreg.data.resident import EpochLoader
 from timm_emoreg.training.attention import fused_attentions
 from timm_emoreg.training.checkpoint import CheckpointError
@@ -116,6 +117,48 @@ def test_stage_2_starts_from_the_weights_of_stage_1(run, tmp_path, folder, train
     taken = [k for k in state if k.startswith(('backbone.', 'head_affect.'))]
     assert len(taken) > 20
     assert all(torch.equal(own[k], state[k]) for k in taken)
+
+
+def test_rehearsed_stimuli_are_drawn_apart_from_the_images(run, folder, train, monkeypatch):
+    drawn = []
+
+    def drawing(images, stimuli):  # of one folder: as many of both
+        loader = RehearsalLoader(images, stimuli)
+        loader.set_epoch(0)
+        drawn.extend(zip(*((target.tolist(), shown.tolist()) for _, target, _, shown in loader), strict=True))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, 'RehearsalLoader', drawing)
+    with pytest.raises(KeyboardInterrupt):
+        run('--stimuli', folder, '--dataset', folder, '--rehearsal', 1, '--epochs', 1, '--affect-epochs', 1, '-b', 8)
+    images, stimuli = drawn
+    assert len(images) == len(stimuli) > 1
+    assert images != stimuli
+
+
+@pytest.mark.parametrize('task', ['emoreg', 'plain'])
+def test_stage_2_starts_from_a_share_of_stage_1(run, tmp_path, folder, train, monkeypatch, task):
+    assert run('--task', 'affect', '--stimuli', folder, '--epochs', 1, name='stage1')[0] == 0
+    taught = train.load_training_checkpoint(tmp_path / 'stage1/affect/model_best.pth.tar')['state_dict']
+    started = []
+    build = train.build_model
+    monkeypatch.setattr(train, 'build_model', lambda *a: started.append(build(*a)) or started[-1])
+    monkeypatch.setattr(train, 'train_epoch', lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    experience = ('--experience', tmp_path / 'stage1')
+    untaught = ('--experience', 'none') if task == 'emoreg' else ()
+    for flags in (untaught, (*experience, '--experience-share', 0.25)):
+        with pytest.raises(KeyboardInterrupt):
+            run(*flags, '--task', task, '--dataset', folder, '--epochs', 1, '--seed', 3)
+        shutil.rmtree(tmp_path / 'run')
+    fresh, own = (model.state_dict() for model in started)
+    prefix = 'backbone.' if task == 'emoreg' else ''
+    mixed = [k for k in own if f'backbone.{k.removeprefix(prefix)}' in taught and own[k].is_floating_point()]
+    assert len(mixed) > 20
+    for key in mixed:
+        expected = 0.25 * taught[f'backbone.{key.removeprefix(prefix)}'] + 0.75 * fresh[key]
+        torch.testing.assert_close(own[key], expected)
+    if task == 'emoreg':  # what reads the features keeps what it knows
+        assert torch.equal(own['head_affect.weight'], taught['head_affect.weight'])
 
 
 @pytest.mark.parametrize('flags', [
@@ -297,6 +340,9 @@ def test_a_refusal_without_words_is_named_by_its_type(run, train, folder, monkey
 
 @pytest.mark.parametrize(('model', 'flags', 'message'), [
     ('test_convnext', ('--start-img-size', 16), '--start-img-size 16: test_convnext takes no images of that size ('),
+    # takes both ends, and none of the sizes between them
+    ('hrnet_w18_small', ('--img-size', 64, '--start-img-size', 32, '--epochs', 6),
+     '--start-img-size 32, grown to 40: hrnet_w18_small takes no images of that size ('),
     ('test_convnext', ('--img-size', 8), '--img-size 8: test_convnext takes no images of that size ('),
     ('dla46x_c', ('--grad-checkpointing',), '--model dla46x_c cannot be built so: gradient checkpointing not'),
 ])

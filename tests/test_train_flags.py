@@ -101,7 +101,7 @@ def test_the_weights_of_the_backbone_are_asked_for(train, parsed, monkeypatch):
 
 def test_weights_of_the_backbone_that_would_be_overwritten_are_not_asked_for(train, parsed, monkeypatch):
     experience, asked = Experience('here', {'backbone.x': torch.zeros(1)}, 'emotion', 8), []
-    model = SimpleNamespace(load_experience=lambda state: None)
+    model = SimpleNamespace(load_experience=lambda *_: None)
     monkeypatch.setattr(train, 'create_backbone', lambda *_, **kwargs: asked.append(kwargs['pretrained']))
     monkeypatch.setattr(train, 'load_backbone', lambda *_: None)
     monkeypatch.setattr(timm, 'create_model',
@@ -113,6 +113,7 @@ def test_weights_of_the_backbone_that_would_be_overwritten_are_not_asked_for(tra
             (lambda: train.build_model(parsed(*flags), 'emoreg', THREE, experience), False),
             (lambda: train.build_model(parsed('--task', 'plain', *flags), 'plain', THREE, experience), False),
             (lambda: train.build_model(parsed(*flags, '--separate-experience'), 'emoreg', THREE, experience), True),
+            (lambda: train.build_model(parsed(*flags, '--experience-share', 0.5), 'emoreg', THREE, experience), True),
             (lambda: train.build_model(parsed(*flags), 'emoreg', THREE, untrained_experience()), True),
             (lambda: train.build_model(parsed(*flags), 'affect', THREE, None, resumed=True), False),
             (lambda: train.build_model(parsed(*flags), 'emoreg', THREE, untrained_experience(), resumed=True), False),

@@ -5,6 +5,7 @@ import copy
 import difflib
 import inspect
 import sys
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import timm
@@ -19,7 +20,7 @@ from .small_image import DEFAULT_SIZE, small_image_args, small_image_stem, whole
 
 __all__ = ['Classifier', 'backbone_cfg', 'check_backbone', 'check_backbone_name', 'checkpoint_filter_fn',
            'create_backbone', 'pooling', 'prefixed', 'put_classifier', 'remove_classifier', 'resized_state',
-           'small_image_cfg', 'without_weights']
+           'shrunk_state', 'small_image_cfg', 'without_weights']
 
 # Families that apply their dropout after pre_logits, by a function call or a module beside the classifier. Where it is
 # part of the classifier (LeViT ...) it is found there, and everywhere else it is applied within pre_logits.
@@ -307,6 +308,26 @@ def resized_state(state_dict: dict[str, Tensor], backbone: nn.Module) -> dict[st
         return _fitted_by_family(dict(state_dict), backbone)
     except (AssertionError, RuntimeError, ValueError):  # of another width or depth; whoever loads it says so
         return state_dict
+
+
+def shrunk_state(state_dict: dict[str, Tensor], own: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
+    """`share` of each tensor of a state and the rest of a model's own one, which leaves room to learn again.
+
+    Shrink and perturb of Ash and Adams, "On Warm-Starting Neural Network Training" (arXiv 1910.08475), whose noise is
+    here what the model was initialised with. Whole numbers, as counts of batches, come from the state.
+
+    Args:
+        state_dict: Tensors in the shapes of the model; what the model does not have stays as it is.
+        own: The model's own state.
+        share: In [0, 1]; with 1 the state comes back bit for bit.
+
+    Raises:
+        ValueError: If `share` is outside [0, 1].
+    """
+    if not 0 <= share <= 1:
+        raise ValueError(f'share={share!r} is outside [0, 1]: 1 takes the experience as it is, 0 nothing of it.')
+    return {k: torch.lerp(own[k], v.to(own[k]), share) if k in own and v.is_floating_point() else v
+            for k, v in state_dict.items()}
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

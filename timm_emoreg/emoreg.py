@@ -31,6 +31,7 @@ from .backbone import (
     prefixed,
     remove_classifier,
     resized_state,
+    shrunk_state,
     small_image_cfg,
 )
 from .eight_bit import SCALE
@@ -529,17 +530,24 @@ class EmoReg(nn.Module):
 
     # -- experience --------------------------------------------------------------------------------------------
 
-    def load_experience(self, state_dict: dict[str, Tensor]) -> None:
+    def load_experience(self, state_dict: dict[str, Tensor], share: float = 1.0) -> None:
         """Take backbone and affect response from the state of an affectively pre-trained EmoReg (stage 1).
 
         With ``experience='separate'`` they go to the frozen second stream, and the first one stays as it is. Stage 1
         may have seen images of another size: what depends on it (position embeddings and patches of a ViT, for
         instance) is resized by the filter of the backbone's family, which also resizes patches of another form.
 
+        Args:
+            state_dict: The state of stage 1.
+            share: Of its backbone in the result, in [0, 1]; the rest is what this model's backbone has already (shrink
+                and perturb, see `shrunk_state`). The affect response is taken as it is.
+
         Raises:
-            ValueError: If a tensor is missing, unknown, or has another shape that the filter does not resize; nothing
-                is changed then.
+            ValueError: If a tensor is missing, unknown, or has another shape that the filter does not resize, or if
+                there is a share for a frozen stream, which could not learn the rest again; nothing is changed then.
         """
+        if share != 1 and self.backbone_emo is not None:
+            raise ValueError(f"share={share!r}: experience='separate' keeps stage 1 as it is. Leave one of them out.")
         stream = 'backbone' if self.backbone_emo is None else 'backbone_emo'
         backbone = {k.removeprefix('backbone.'): v for k, v in state_dict.items() if k.startswith('backbone.')}
         state_dict = {**state_dict, **{f'backbone.{k}': v for k, v in resized_state(backbone, self.backbone).items()}}
@@ -560,7 +568,8 @@ class EmoReg(nn.Module):
                       and k.replace('backbone.', f'{stream}.', 1) not in own), None)
         if extra is not None:  # a deeper network of the same family has all our tensors, and more
             raise ValueError(f'The experience is of another architecture: the model has no {extra!r}.')
-        self.load_state_dict(loaded, strict=False)
+        inner = {k: v for k, v in loaded.items() if k.startswith('backbone.')}
+        self.load_state_dict({**loaded, **shrunk_state(inner, own, share)}, strict=False)
 
 
 def create_emoreg(variant: str, backbone: str, pretrained: bool = False, **kwargs: Any) -> EmoReg:

@@ -19,8 +19,8 @@ ROOT = Path(timm_emoreg.__file__).resolve().parents[1]
 MACHINE = ('output', 'experiment', 'resume', 'data_dir', 'device', 'workers', 'log_interval', 'seed')
 OF_STAGE_1 = ('stimuli', *LABELS_OF_STAGE_1, 'rating_scale', 'affect_epochs')
 OF_REGULATION = (*REGULATION, 'rehearsal')
-OF_STAGE_2 = ('dataset', 'train_images', *OF_REGULATION, 'mixup', 'cutmix')
-NOT_OF_PLAIN = ('task', 'experience', *OF_STAGE_1, *OF_REGULATION)
+OF_STAGE_2 = ('dataset', 'train_images', 'experience_share', *OF_REGULATION, 'mixup', 'cutmix')
+NOT_OF_PLAIN = ('task', 'experience', 'experience_share', *OF_STAGE_1, *OF_REGULATION)
 
 
 class HubError(RuntimeError):

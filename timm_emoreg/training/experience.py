@@ -15,7 +15,7 @@ import timm
 from torch import Tensor, nn
 
 from .. import BACKBONES, EmoReg, zoo
-from ..backbone import resized_state
+from ..backbone import resized_state, shrunk_state
 from ..data import DataError, Splits, Target
 from ..small_image import DEFAULT_SIZE, LARGEST_SIZE
 from ..weights import WeightError
@@ -190,22 +190,22 @@ def untrained_experience(target: Target | None = None) -> Experience:
     return Experience('none', {}, target.affect_kind, len(target), target.names)
 
 
-def load_backbone(model: nn.Module, experience: Experience) -> None:
+def load_backbone(model: nn.Module, experience: Experience, share: float = 1.0) -> None:
     """Start a bare timm model from the backbone of an experience; its classifier keeps its initial weights.
 
-    As with `EmoReg.load_experience`, stage 1 may have seen images of another size.
+    As with `EmoReg.load_experience`, stage 1 may have seen images of another size, and a share of it may be taken.
 
     Raises:
         CheckpointError: If a tensor is missing, unknown, or has another shape; nothing is changed then.
     """
     bare = copy.deepcopy(model)
     bare.reset_classifier(0)  # some families lose a norm or an MLP with their classifier
-    own = {k: v.shape for k, v in bare.state_dict().items()}
+    own = bare.state_dict()
     given = {k.removeprefix('backbone.'): v for k, v in experience.state_dict.items() if k.startswith('backbone.')}
     given = resized_state(given, bare)
-    different = sorted(own.keys() ^ given.keys()) or [k for k in own if own[k] != given[k].shape]
+    different = sorted(own.keys() ^ given.keys()) or [k for k in own if own[k].shape != given[k].shape]
     if different:
         raise CheckpointError(f'{experience.source}: its backbone is of another architecture or form; the first '
                               f'difference is {different[0]!r}. Use the same --model, --img-size and --small-image '
                               'in both stages.')
-    model.load_state_dict(given, strict=False)
+    model.load_state_dict(shrunk_state(given, own, share), strict=False)

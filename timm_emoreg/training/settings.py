@@ -225,6 +225,8 @@ def _check_stages(args: Namespace, given: Collection[str]) -> None:
         raise SettingsError(f'{flag("rating_scale", args.rating_scale)}: is that of --rating-columns. Give both.')
     if args.experience not in (None, 'none'):
         _check_given_experience(args)
+    if args.experience_share < 1:
+        _check_share(args)
 
 
 def _check_without_stage_1(args: Namespace) -> None:
@@ -270,6 +272,22 @@ def _check_given_experience(args: Namespace) -> None:
     if late := [name for name in (*labels, 'affect_epochs') if getattr(args, name)]:
         raise SettingsError(f'{flag(late[0])} shapes stage 1, and --experience is its result already: leave one '
                             'of them out.')
+
+
+def _check_share(args: Namespace) -> None:
+    """A share of stage 1's backbone, which needs a stage 1 and what may change in stage 2."""
+    name = flag('experience_share', args.experience_share)
+    without = ('--task affect' if args.task == 'affect' else '--experience none' if args.experience == 'none' else
+               '--task plain without --stimuli or --experience'
+               if args.task == 'plain' and not (args.stimuli or args.experience) else '')
+    if without:
+        raise SettingsError(f'{name}: stage 2 starts from that share of stage 1, and {without} has none to start from. '
+                            'Leave it out.')
+    if args.separate_experience:
+        raise SettingsError(f'{name}: --separate-experience keeps stage 1 as it is. Leave one of them out.')
+    if args.keep_affect:
+        raise SettingsError(f'{name}: {flag("keep_affect", args.keep_affect)} keeps the affect response of stage 1, '
+                            'of which a share is left. Leave one of them out.')
 
 
 def _try_optimizer(args: Namespace, device: str) -> None:
@@ -328,6 +346,7 @@ def _check_has_effect(args: Namespace, given: Collection[str]) -> None:
             ('model_ema_decay', args.model_ema, 'without --model-ema. Add that, or leave it out'),
             ('clip_mode', args.clip_grad is not None, 'without --clip-grad. Add that, or leave it out'),
             ('decay_epochs', args.sched == 'step', f'with --sched {args.sched}. Use --sched step, or leave it out'),
+            ('min_lr', args.sched != 'step', 'with --sched step. Use another --sched, or leave it out'),
             ('decay_rate', args.sched in ('step', 'poly'),
              f'with --sched {args.sched}. Use --sched step or poly, or leave it out'),
             ('momentum', has_momentum, f'with --opt {args.opt or "adamw, the default of stage 1"}. {sgd}'),
