@@ -1,7 +1,7 @@
 """Stands for train.py in tests of the study: takes its flags, leaves its files, and learns nothing.
 
-FAKE_FAIL: experiments that end with status 1 before their result. FAKE_WAIT: one that waits for SIGTERM in its first
-attempt. FAKE_PIPE: a named pipe by which that one says that it waits.
+FAKE_FAIL: experiments that end with status 1 before their result, FAKE_LATE: after it. FAKE_WAIT: one that waits for
+SIGTERM in its first attempt. FAKE_PIPE: a named pipe by which that one says that it waits.
 """
 import argparse
 import json
@@ -78,6 +78,8 @@ def main():
         'balance': 0.5 if args.task == 'emoreg' else None, 'experience': args.experience, 'precision': 'float32',
         'attention': 'plain', 'loader': 'resident', 'seconds': 2.0 * args.epochs,
         'device': f'CPU, {os.environ["OMP_NUM_THREADS"]} threads'}))
+    if args.experiment in os.environ.get('FAKE_LATE', '').split():
+        sys.exit(1)
 
 
 if __name__ == '__main__':

@@ -135,6 +135,13 @@ def test_a_failed_run_is_reported_and_the_others_go_on(run, tmp_path, monkeypatc
     assert command.endswith(f'--resume {tmp_path / "s/runs" / log.stem} --data-dir {tmp_path}')
 
 
+def test_a_run_that_has_its_result_is_finished_however_its_process_ends(run, tmp_path, monkeypatch):
+    monkeypatch.setenv('FAKE_LATE', 'test_resnet_emoji_affect_s0')
+    status, out, err = run('--arms', 'init', '--seeds', 0)
+    assert (status, err, len(keys(tmp_path))) == (0, '', 1)
+    assert '[2/2]' in out
+
+
 def test_a_stopped_study_goes_on_where_it_was(run, tmp_path, waiting_run):
     slow = 'test_resnet_emoji_cifar10_1000_random_s0'
     arms = ('--arms', 'plain', 'random', 'init', '--seeds', 0)

@@ -43,6 +43,13 @@ def test_a_line_a_setting(csv):
     assert table[3] == '| one seed | 1 | 50.00 | +2.00 | not run | not run | not run |'
 
 
+def test_seeds_that_are_not_there_are_not_claimed(csv):
+    csv.write_text(f'{HEADER}all 17 seeds,.,emoji,cifar10,1000,0-4\n')
+    with pytest.raises(StudyError, match=r'all 17 seeds asks for seeds 0-4, and .* has no finished regulated run of '
+                                         r'3, 4\. Name those that it has, or run the others'):
+        read_summary(csv)
+
+
 def test_a_set_of_ones_own_has_the_name_that_the_table_shows(csv):
     results = csv.parent / 'b/results.csv'
     results.write_text(results.read_text().replace('cifar10', '/of/mine/things'))
@@ -53,12 +60,12 @@ def test_a_set_of_ones_own_has_the_name_that_the_table_shows(csv):
 def test_what_has_not_the_pairs_of_all_seeds_is_marked(csv):
     for seed in (0, 1, 2):
         write_run(csv.parent / 'b', 'shuffled', seed, 51.0 - seed)
-    write_run(csv.parent / 'b', 'plain', 2, 90.0)
-    csv.write_text(f'{HEADER}two seeds,b,emoji,cifar10,1000,0-2\n')
+    write_run(csv.parent / 'b', 'plain', 2, 90.0)  # of no seed that was asked for
+    csv.write_text(f'{HEADER}two seeds,b,emoji,cifar10,1000,0-1\n')
     (csv.parent / 'b/results.csv').write_text(''.join(
         line for line in (csv.parent / 'b/results.csv').open() if not line.startswith('shuffled_1000_s1')))
     cells = make_summary(read_summary(csv)).splitlines()[2].split(' | ')
-    assert cells[1:4] == ['2', '50.50 ± 0.71', '+2.00 [+2.00, +2.00]']  # not the plain run that has no pair
+    assert cells[1:4] == ['2', '50.50 ± 0.71', '+2.00 [+2.00, +2.00]']
     assert cells[5] == '+1.00 (1)'
 
 

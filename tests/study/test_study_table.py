@@ -69,9 +69,20 @@ def test_nothing_finished_is_said(tmp_path):
     ('init', ['plain', 'init:content']),
     ('random', []),
     ('init:content', []),
+    # what is no option of the dual head is one of all arms
+    ('regulated:lr=0.1', ['plain:lr=0.1', 'shuffled:lr=0.1']),
+    ('regulated:gate,lr=0.1', ['plain:lr=0.1', 'shuffled:lr=0.1,gate']),
+    ('init:lr=0.1', ['plain:lr=0.1', 'init:lr=0.1,shuffled']),
+    # a share of stage 1 is one of all arms that have a stage 1
+    ('regulated:experience-share=0.2',
+     ['plain', 'init:experience-share=0.2', 'random', 'shuffled:experience-share=0.2']),
+    ('init:experience-share=0.2', ['plain', 'init:shuffled,experience-share=0.2']),
+    ('regulated:separate,no-modulation', ['plain', 'init']),
 ])
 def test_controls_differ_in_one_thing(arm, expected):
-    known = ['plain', 'init', 'init:content', 'regulated', 'random', 'unlabelled', 'shuffled:gate', 'regulated:gate']
+    known = ['plain', 'init', 'init:content', 'regulated', 'random', 'unlabelled', 'shuffled:gate', 'regulated:gate',
+             'plain:lr=0.1', 'regulated:lr=0.1', 'shuffled:lr=0.1', 'shuffled:lr=0.1,gate', 'init:lr=0.1,shuffled',
+             'init:experience-share=0.2', 'shuffled:experience-share=0.2', 'init:shuffled,experience-share=0.2']
     assert controls(arm, known) == expected
 
 
@@ -90,7 +101,7 @@ def test_images_are_counted_seed_by_seed(tmp_path):
         write_run(tmp_path, 'regulated', seed, 60.0, predictions=predict(ours))
         write_run(tmp_path, 'plain', seed, 50.0, predictions=predict(theirs))
     write_run(tmp_path, 'regulated', 2, 60.0, predictions=predict({0}))
-    write_run(tmp_path, 'plain', 2, 50.0, predictions=predict({0})[::-1])  # of another test set: not compared
+    write_run(tmp_path, 'plain', 2, 50.0)  # has left none
     setting, = read_settings(tmp_path)
     found = compare(tmp_path, setting, 'regulated', 'plain')
     assert found.pairs == ((0, 3, 1), (1, 1, 1))
@@ -99,6 +110,14 @@ def test_images_are_counted_seed_by_seed(tmp_path):
     tables(tmp_path)
     row = next(row for row in read_rows(tmp_path / 'table.csv') if row['versus'] == 'plain')
     assert (row['won'], row['lost'], row['won_lost_by_seed']) == ('4', '2', '0:3/1 1:1/1')
+
+
+def test_arms_that_were_judged_on_other_images_are_not_compared(tmp_path):
+    write_run(tmp_path, 'regulated', 0, 60.0, predictions=[(0, 0), (1, 1)])
+    write_run(tmp_path, 'plain', 0, 50.0, predictions=[(1, 1), (0, 0)])
+    with pytest.raises(StudyError, match=r'regulated_1000_s0 and plain_1000_s0 were judged on different test images '
+                                         r'\(2 and 2 of them\).*remove its row and its folder in runs'):
+        tables(tmp_path)
 
 
 def test_the_tables(folder):
@@ -165,6 +184,21 @@ def test_runs_that_were_computed_otherwise_are_not_paired_without_a_word(folder)
     write_run(folder, 'unlabelled', 1, 60.0, precision='bfloat16')
     assert ('Not only the arm differs: the runs of seed 1 were computed in different ways (bfloat16, float32). '
             'Run the arms of a seed on one machine, or give all of them --no-amp.') in tables(folder)
+
+
+def test_runs_of_other_commits_or_devices_are_not_paired_without_a_word(folder):
+    path = folder / 'results.csv'
+    rows = [row | {'commit': 'aaa', 'device': 'CPU, 1 threads'} for row in read_rows(path)]
+    write_rows(path, rows, COLUMNS)
+    assert 'Not only the arm' not in tables(folder)
+    one = next(row for row in rows if row['arm'] == 'plain' and row['seed'] == '1')
+    one |= {'commit': 'bbb-dirty', 'device': 'NVIDIA H200'}
+    write_rows(path, rows, COLUMNS)
+    text = tables(folder)
+    assert ('Not only the arm differs: the runs of seed 1 were made on different devices (CPU, 1 threads, NVIDIA '
+            'H200). Run the arms of a seed on one machine.') in text
+    assert ('Not only the arm differs: the runs of seed 1 were made at different commits (aaa, bbb-dirty). Make sure '
+            'that nothing that these arms do has changed between them, or run the arms of a seed at one.') in text
 
 
 def test_a_stage_1_that_was_computed_otherwise_is_told_too(folder):

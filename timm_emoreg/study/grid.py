@@ -6,7 +6,7 @@ import csv
 import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 
 from ..data import CONTENT_LABELS, STIMULI, TARGETS, Splits, load_stimuli, load_target, stimuli_parts
@@ -47,6 +47,7 @@ METHOD = {
 }
 # flags of the arms that have the dual head
 DUAL_HEAD_FLAGS = ('rehearsal', 'no-modulation', *(name.replace('_', '-') for name in REGULATION))
+STAGE_1_FLAGS = ('experience-share',)  # of the arms that have a stage 1
 # what the study itself decides for each run
 RESERVED = ('model', 'task', 'seed', 'dataset', 'train-images', 'epochs', 'affect-epochs', 'experience', 'stimuli',
             'stimuli-labels', 'shuffle-stimuli-labels', 'rating-columns', 'rating-scale', 'data-dir', 'device',
@@ -75,6 +76,12 @@ class Arm:
     def has_stimuli(self) -> bool:
         return self.base != 'plain'
 
+    @property
+    def options(self) -> frozenset[tuple[str, ...]]:
+        """Each of the flags with its value, in no order."""
+        at = [i for i, word in enumerate(self.flags) if word.startswith('--')]
+        return frozenset(self.flags[i:j] for i, j in pairwise((*at, len(self.flags))))
+
 
 def parse_arm(name: str) -> Arm:
     """The arm of that name.
@@ -96,6 +103,8 @@ def parse_arm(name: str) -> Arm:
                 raise StudyError(f'arm {name!r}: --{flag} is set by the study. Use its own option for that.')
             if flag in DUAL_HEAD_FLAGS and task == 'plain':
                 raise StudyError(f'arm {name!r}: {flag} needs the dual head. Use regulated:{option}, or its controls.')
+            if flag in STAGE_1_FLAGS and labels is None:
+                raise StudyError(f'arm {name!r}: {flag} needs a stage 1. Use regulated:{option} or init:{option}.')
             given = (f'--{flag}', value)
         elif option in METHOD and task == 'emoreg':
             given = METHOD[option]

@@ -350,7 +350,7 @@ class Study:
                 continue
             del queue.running[slot]
             log = self.folder / 'logs' / f'{run.key}.log'
-            if process.returncode == 0 and self._result(run).is_file():
+            if self._result(run).is_file():  # the last thing a run writes; how its process ends changes nothing
                 row = self._take(run)
                 self.starts.append(max(time.monotonic() - began - row['seconds'], 0.0))
                 queue.done.add(run.key)

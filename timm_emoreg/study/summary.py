@@ -68,6 +68,9 @@ def read_summary(path: Path) -> list[Line]:
             raise StudyError(f'{path}: {row["setting"]} asks {folder} for {ARM} runs on {", ".join(where)} training '
                              f'images, and that holds {len(found)} such settings. Correct the row. It holds: '
                              f'{known}.')
+        if missing := sorted(set(seeds) - found[0].arms[ARM].keys()):
+            raise StudyError(f'{path}: {row["setting"]} asks for seeds {row["seeds"]}, and {folder} has no finished '
+                             f'{ARM} run of {", ".join(map(str, missing))}. Name those that it has, or run the others.')
         compared = {c.versus: (c, p) for c, p in compare_with_controls(folder, found[0], ARM) if c.versus in VERSUS}
         lines.append(Line(row['setting'], found[0], compared))
     return lines
@@ -85,9 +88,8 @@ def make_summary(lines: Sequence[Line]) -> str:
 
     rows = []
     for line in lines:
-        seeds = line.setting.arms[ARM]
-        plain = [float(row['test']) for seed, row in line.setting.arms.get('plain', {}).items() if seed in seeds]
-        rows.append((line.label, str(len(seeds)), spread(plain) if plain else 'not run',
+        plain = [float(row['test']) for row in line.setting.arms.get('plain', {}).values()]
+        rows.append((line.label, str(len(line.setting.arms[ARM])), spread(plain) if plain else 'not run',
                      *(cell(line, versus) for versus in VERSUS)))
     header = ('stage 1 → target', 'n', 'plain', *(f'minus {versus}' for versus in VERSUS))
     return markdown(header, rows)

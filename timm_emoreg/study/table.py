@@ -14,7 +14,18 @@ from ..data.controls import fewer_images
 from ..data.duplicates import NEAR, copies
 from ..drawing import short
 from ..files import write_text
-from .grid import ARMS, StudyError, read_rows, read_runs, short_name, write_rows
+from .grid import (
+    ARMS,
+    DUAL_HEAD_FLAGS,
+    LABELS,
+    STAGE_1_FLAGS,
+    StudyError,
+    parse_arm,
+    read_rows,
+    read_runs,
+    short_name,
+    write_rows,
+)
 from .paired_tests import Difference, holm, mcnemar, mean_sd, paired_difference
 
 __all__ = ['Comparison', 'Setting', 'compare', 'compare_with_controls', 'controls', 'interval', 'make_table',
@@ -144,14 +155,23 @@ def read_predictions(folder: Path, key: str) -> list[tuple[int, int]] | None:
 
 
 def compare(folder: Path, setting: Setting, arm: str, versus: str) -> Comparison:
-    """Compare two arms of a setting over their common seeds."""
+    """Compare two arms of a setting over their common seeds.
+
+    Raises:
+        StudyError: If the runs of a seed were judged on different test images.
+    """
     ours, theirs = setting.arms[arm], setting.arms[versus]
     seeds = sorted(ours.keys() & theirs.keys())
     pairs = []
     for seed in seeds:
         a, b = (read_predictions(folder, rows[seed]['key']) for rows in (ours, theirs))
-        if a is None or b is None or [target for target, _ in a] != [target for target, _ in b]:
+        if a is None or b is None:
             continue
+        if [target for target, _ in a] != [target for target, _ in b]:
+            raise StudyError(f'{folder}: {ours[seed]["key"]} and {theirs[seed]["key"]} were judged on different test '
+                             f'images ({len(a)} and {len(b)} of them), so their difference tells nothing of the arms. '
+                             'Train one of them again with the data of the other: remove its row and its folder in '
+                             'runs.')
         right = [(x == target, y == target) for (target, x), (_, y) in zip(a, b, strict=True)]
         pairs.append((seed, sum(x and not y for x, y in right), sum(y and not x for x, y in right)))
     tests = [[float(rows[seed]['test']) for seed in seeds] for rows in (ours, theirs)]
@@ -162,19 +182,25 @@ def compare(folder: Path, setting: Setting, arm: str, versus: str) -> Comparison
 def controls(arm: str, known: Iterable[str]) -> list[str]:
     """The arms that decide what a gain of `arm` means, among those `known`: one family for Holm's correction.
 
-    For the regulated arms the plain ones, init, and each control with the same options of the dual head, so that
-    stage 1 is all that differs (and with it the number of affect outputs, where its labels are others); for `init` the
-    plain ones and its own controls.
+    For the regulated arms the plain ones, init, and each control, so that stage 1 is all that differs (and with it the
+    number of affect outputs, where its labels are others); for `init` the plain ones and its own controls. Each has the
+    options of `arm`, but for those that it cannot have: of the dual head, or of a stage 1.
     """
-    base, _, options = arm.partition(':')
-    if base == 'regulated':
-        suffix = f':{options}' if options else ''
-        family = ['plain', 'plain+', 'init', *(f'{c}{suffix}' for c in ('random', 'shuffled', 'content', 'unlabelled'))]
-    elif arm == 'init':
-        family = ['plain', 'plain+', 'init:shuffled', 'init:content', 'init:unlabelled']
+    own = parse_arm(arm)
+    of_dual_head, of_stage_1 = (frozenset(f'--{name}' for name in names) for names in (DUAL_HEAD_FLAGS, STAGE_1_FLAGS))
+    if own.base == 'regulated':
+        family = [('plain', None, of_dual_head | of_stage_1), ('plain+', None, of_dual_head | of_stage_1),
+                  ('init', 'affect', of_dual_head), ('random', None, of_stage_1),
+                  *((labels, labels, frozenset()) for labels in LABELS)]
+    elif own.base == 'init' and own.labels == 'affect':
+        family = [('plain', None, of_stage_1), ('plain+', None, of_stage_1),
+                  *(('init', labels, frozenset()) for labels in LABELS)]
     else:
         family = []
-    return [control for control in family if control in set(known)]
+    there = {(a.base, a.labels, a.options): a.name for a in map(parse_arm, known)}
+    wanted = [(base, labels, frozenset(option for option in own.options if option[0] not in without))
+              for base, labels, without in family]
+    return [there[key] for key in wanted if key in there]
 
 
 def compare_with_controls(folder: Path, setting: Setting, arm: str) -> list[tuple[Comparison, float]]:
@@ -301,7 +327,8 @@ COLUMNS = ('model', 'stimuli', 'target', 'train_images', 'arm', 'versus', 'n', '
 
 def _computed_otherwise(folder: Path, setting: Setting) -> list[str]:
     """Warnings for paired runs that were computed with different precision, attention kernel or loader, in either
-    stage: on another processor, under load, or with too little memory."""
+    stage (on another processor, under load, or with too little memory), on another kind of device, or by another commit
+    of the code."""
     seeds = {str(seed) for runs in setting.arms.values() for seed in runs}
     stages = {'': [row for runs in setting.arms.values() for row in runs.values()],
               ' in stage 1': [row for row in read_runs(folder, 'stage1.csv') if row['seed'] in seeds
@@ -320,6 +347,19 @@ def _computed_otherwise(folder: Path, setting: Setting) -> list[str]:
                 warnings.append(f'Not only the arm differs: the runs of seed {", ".join(mixed)} were computed in '
                                 f'different ways{stage} ({kinds}). Run the arms of a seed on one machine, or give all '
                                 f'of them {remedy}.\n')
+        for name, what, remedy in (
+                ('device', 'on different devices', 'Run the arms of a seed on one machine'),
+                ('commit', 'at different commits', 'Make sure that nothing that these arms do has changed between '
+                                                   'them, or run the arms of a seed at one')):
+            seen: dict[str, set[str]] = {}
+            for row in rows:
+                if row.get(name):
+                    seen.setdefault(row['seed'], set()).add(row[name])
+            mixed = [seed for seed, values in seen.items() if len(values) > 1]
+            if mixed:
+                values = ', '.join(sorted(set().union(*(seen[seed] for seed in mixed))))
+                warnings.append(f'Not only the arm differs: the runs of seed {", ".join(mixed)} were made '
+                                f'{what}{stage} ({values}). {remedy}.\n')
     return warnings
 
 
