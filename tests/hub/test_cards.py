@@ -135,6 +135,19 @@ def test_a_card_says_which_seed_is_released(make_record):
 
 @pytest.mark.parametrize(('value', 'text'), [
     (0.000417, '0.00042'), (0.00105, '0.0011'), (0.0061, '0.0061'), (0.006100001, '0.0062'), (0.0099999, '0.01'),
-    (2e-7, '2e-07')])
+        (2e-7, '2e-07')])
 def test_a_bound_is_rounded_up(value, text):
     assert rounded_up(value) == text
+
+
+def test_a_bound_is_rounded_up_at_any_digit():
+    # a bound that had been rounded to the nearest before would be too small
+    assert rounded_up(float(rounded_up(0.006104, digits=3))) == rounded_up(0.006104) == '0.0062'
+
+
+def test_a_card_tells_of_a_share_of_stage_1(make_record):
+    record = replace(make_record(), base='emoreg_vit_tiny.ferplus')
+    assert '| trained | from `emoreg_vit_tiny.ferplus`, project' in make_card(record)
+    recipe = 'python train.py --epochs 5 --experience-share 0.2 --seed 0'
+    assert ('| trained | from a share of 0.2 of `emoreg_vit_tiny.ferplus`, project commit'
+            in make_card(replace(record, recipe=recipe)))

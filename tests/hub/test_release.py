@@ -396,7 +396,8 @@ def test_recipe_of_stage_1_of_a_run_of_both(run, home):
     more = ['--rehearsal', '0.5', '--stimuli', 'emoji', '--keep-affect', '0.1', '--affect-lr-scale', '0.1']
     result = run(noted={**settings(*more), 'task': 'emoreg'})
     recipe = build(NAME, [result], home=home, commit=COMMIT).recipe
-    assert recipe == 'python train.py --model emoreg_resnet18 --task affect --stimuli emoji --seed 0'
+    # a default, too: what the card says of the epochs goes by it
+    assert recipe == 'python train.py --model emoreg_resnet18 --task affect --stimuli emoji --epochs 8 --seed 0'
 
 
 def test_recipe_of_stage_2_names_the_backbone_that_it_started_from(run, home):

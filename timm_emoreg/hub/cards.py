@@ -114,9 +114,14 @@ def _behind(weight: Weight) -> str:
             'take that one.\n\n')
 
 
+def _flags(weight: Weight) -> dict[str, str]:
+    """The flags of the recipe that have one value."""
+    return dict(pairwise(shlex.split(weight.recipe)))
+
+
 def _choice(weight: Weight) -> str:
     """How the epoch was chosen, by the recipe."""
-    flags = dict(pairwise(shlex.split(weight.recipe)))
+    flags = _flags(weight)
     epochs = (None if weight.target else flags.get('--affect-epochs')) or flags.get('--epochs')
     if epochs is not None and int(flags.get('--val-interval', 1)) >= int(epochs):
         return 'The last epoch was taken, the only one that was looked at on validation data'
@@ -174,10 +179,10 @@ Do not use it so, there or elsewhere: votes on posed and found photographs say w
 """
 
 
-def rounded_up(value: float) -> str:
-    """A bound with two digits, none of which makes it smaller."""
+def rounded_up(value: float, digits: int = 2) -> str:
+    """A bound with two digits, or as many as are asked for, none of which makes it smaller."""
     number = Decimal(repr(value))
-    return f'{float(number.quantize(Decimal(1).scaleb(number.adjusted() - 1), ROUND_CEILING)):.2g}'
+    return f'{float(number.quantize(Decimal(1).scaleb(number.adjusted() + 1 - digits), ROUND_CEILING)):.{digits}g}'
 
 
 def eight_bit_cost(weight: Weight) -> str:
@@ -202,7 +207,9 @@ def make_card(weight: Weight) -> str:
         what = (f'A backbone with an affect response ({", ".join(weight.affect_names)}), trained on {terms.title}.\nIt '
                 'is stage 1 of emotional regulation, the start for a classifier; it has no classes of its own.')
     kind = 'classifier' if target else 'model'
-    trained = (f'from `{weight.base}`' if weight.base else 'from scratch') + f', project commit `{weight.commit}`'
+    share = _flags(weight).get('--experience-share')
+    start = (f'a share of {share} of ' if share else '') + f'`{weight.base}`'
+    trained = f'from {start if weight.base else "scratch"}, project commit `{weight.commit}`'
     several = len(weight.seeds) > 1
     seeds = (f'seed{"s" * several} {", ".join(map(str, sorted(weight.seeds)))}'
              + f' (released: {weight.seeds[0]}, the best on validation data)' * several

@@ -119,7 +119,7 @@ def summary_of(runs: list[Run], names: tuple[str, ...]) -> dict[str, dict[str, A
 
 
 def recipe_of(run: Run, base: str | None) -> str:
-    """The shortest command that gives the run's settings, from train.py's own defaults.
+    """The shortest command that gives the run's settings, from train.py's own defaults; it always tells the epochs.
 
     Args:
         run: Of stage 1 or stage 2.
@@ -142,7 +142,7 @@ def recipe_of(run: Run, base: str | None) -> str:
     else:  # a rehearsal shows the stimuli again; no other setting of stage 1 is left beside its result
         aside = ('affect_epochs',) if rehearsed else OF_STAGE_1
     for key, value in args.items():
-        if key in (*MACHINE, *aside) or key not in given or given[key] == value:
+        if key in (*MACHINE, *aside) or key not in given or (given[key] == value and key != 'epochs'):
             continue
         flag = '--' + key.replace('_', '-')
         if isinstance(value, bool):

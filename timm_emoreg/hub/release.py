@@ -29,7 +29,7 @@ from ..training.commit import project_commit
 from ..training.experience import find_experience, without_drop_rates
 from ..training.settings import backbone_args
 from ..zoo import HUB_FILE, Weight, read_records, write_records
-from .cards import make_card, make_config
+from .cards import make_card, make_config, rounded_up
 from .finished_runs import ROOT, HubError, Run, check_baseline, check_same_recipe, recipe_of, summary_of
 from .terms import licence_terms
 
@@ -273,7 +273,7 @@ def _write(run: Run, test: ImageSet | None, form: dict[str, Any], input_size: tu
         right = [round(top1(given, test.targets), 2) for given in answers]
         eight_bits = {'images': len(test), 'float32': right[0], 'int8': right[1],
                       'changed': int((answers[0].argmax(dim=1) != answers[1].argmax(dim=1)).sum())}
-    difference = float(f'{(outputs[0] - outputs[1]).abs().max().item():.3g}')
+    difference = float(rounded_up((outputs[0] - outputs[1]).abs().max().item(), digits=3))
     return _Written(outputs[1], difference, sum(p.numel() for p in model.parameters()), eight_bits)
 
 
