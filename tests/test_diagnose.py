@@ -1,4 +1,5 @@
 """What stage 2 left of stage 1: every number against one computed another way."""
+import copy
 import json
 from dataclasses import replace
 
@@ -8,7 +9,7 @@ from small_models import animals, build_trained
 
 from timm_emoreg.answers import answer
 from timm_emoreg.data import DataError, ImageSet, Target, load_target
-from timm_emoreg.diagnose import affect_quality, diagnose, main, similarity, with_constant_state
+from timm_emoreg.diagnose import affect_quality, diagnose, growth, main, similarity, with_constant_state
 
 
 def stimuli_like(trained, n=9):
@@ -98,6 +99,26 @@ def test_features_that_are_all_zero_are_like_no_others():
     assert similarity(model, animals(), (32, 32), 'cpu') == 0
 
 
+@pytest.mark.parametrize('experience', ['shared', 'separate'])
+def test_growth_is_that_of_the_largest_singular_values(experience):
+    trained = build_trained(experience=experience)
+    model, untrained = trained.model, copy.deepcopy(trained.model)
+    assert growth(model, untrained) == 1
+    if experience == 'separate':  # the other stream tells nothing of stage 1
+        for p in model.backbone.parameters():
+            torch.nn.init.ones_(p)
+        assert growth(model, untrained) == 1
+    stream = model.backbone if experience == 'shared' else model.backbone_emo
+    matrices = [p for p in stream.parameters() if p.ndim > 1]
+    with torch.no_grad():
+        for p in stream.parameters():
+            p += 0.1 * torch.randn_like(p)
+    first = untrained.backbone if experience == 'shared' else untrained.backbone_emo
+    ratios = [torch.linalg.svdvals(p.flatten(1))[0] / torch.linalg.svdvals(q.flatten(1))[0]
+              for p, q in zip(matrices, (q for q in first.parameters() if q.ndim > 1), strict=True)]
+    assert growth(model, untrained) == pytest.approx(torch.stack(ratios).quantile(0.5).item(), abs=2e-4)
+
+
 def test_what_does_not_belong_together_is_refused():
     trained = build_trained()
     with pytest.raises(DataError, match='the stimuli ask for joy, fear, the affect response of a model gives joy, '):
@@ -114,8 +135,9 @@ def test_command(trained_run, colours, capsys):
     argv = [str(trained_run), '--experience', str(trained_run), '--stimuli', str(colours), '--dataset', str(colours)]
     assert main(argv) == 0
     found = json.loads(capsys.readouterr().out)
-    assert set(found) == {'model', 'stimuli', 'images', 'affect', 'similarity', 'state', 'constant_state', 'top1',
-                          'balance'}
+    assert set(found) == {'model', 'stimuli', 'images', 'affect', 'similarity', 'growth', 'state', 'constant_state',
+                          'top1', 'balance'}
+    assert found['growth']['before'] > 0
     assert found['state']['moved'] > 0
     assert main([str(trained_run / 'nothing'), *argv[1:]]) == 2
     assert capsys.readouterr().err.startswith('diagnose: ')

@@ -5,6 +5,8 @@
     affect         quality of the affect response on stimuli before and after stage 2: does stage 2 erase stage 1?
     similarity     of the pooled features of different images (mean cosine; 1 if all are alike), untrained, before and
                    after stage 2: did stage 1 leave features to start from?
+    growth         of the backbone's matrices and kernels before and after stage 2: spectral norm over that of an
+                   untrained one, median; without batch norm, large weights are slow to learn again
     state          how far the affective state of downstream images moved, and how much of it varies between images
     constant_state downstream accuracy if each image got the mean state instead of its own: is it made use of?
     top1           of the non-emotional, the emotionally-influenced and the regulated response
@@ -16,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -38,7 +41,7 @@ from .training.checkpoint import CheckpointError
 from .training.experience import STIMULI_SETTINGS, find_experience
 from .weights import WeightError
 
-__all__ = ['affect_quality', 'diagnose', 'main', 'similarity', 'with_constant_state']
+__all__ = ['affect_quality', 'diagnose', 'growth', 'main', 'similarity', 'with_constant_state']
 
 
 class _Constant(nn.Module):
@@ -97,6 +100,21 @@ def similarity(model: EmoReg, images: ImageSet, size: tuple[int, int], device: t
     return round((total.square().sum() - with_itself).item() / (count * (count - 1)), 4)
 
 
+def _spectral_norm(weight: Tensor) -> float:
+    matrix = weight.detach().float().cpu().flatten(1)
+    gram = matrix @ matrix.T if len(matrix) <= matrix.shape[1] else matrix.T @ matrix  # the smaller one
+    return torch.linalg.eigvalsh(gram)[-1].clamp(min=0).sqrt().item()
+
+
+def growth(model: EmoReg, untrained: EmoReg) -> float:
+    """Median over the matrices and kernels of the backbone that the affect response reads of their largest singular
+    value over that of an untrained model's; a kernel counts as a matrix with a row per output channel."""
+    first = dict(untrained.affect_backbone.named_parameters())
+    ratios = [_spectral_norm(p) / start for name, p in model.affect_backbone.named_parameters()
+              if p.ndim > 1 and (start := _spectral_norm(first[name]))]
+    return round(statistics.median(ratios), 4)
+
+
 def _untrained(model: EmoReg) -> EmoReg:
     """A model of the same form as it is before any training, seed 0."""
     with torch.random.fork_rng(devices=[]):
@@ -130,18 +148,22 @@ def diagnose(trained: Trained, before: dict[str, Tensor], stimuli: ImageSet, ima
     _need_classes(trained)
     check_classes(trained, images.target.names, 'the images')
     after = affect_quality(trained, stimuli, device)
-    alike = {'untrained': similarity(_untrained(model), images, trained.img_size, device),
+    untrained = _untrained(model)
+    alike = {'untrained': similarity(untrained, images, trained.img_size, device),
              'after': similarity(model, images, trained.img_size, device)}
+    grown = {'after': growth(model, untrained)}
     own, _ = answer(trained, images, device)
     constant = with_constant_state(trained, images, own.state.mean(dim=0), device)
     model.load_experience(before)
     then, _ = answer(trained, images, device)
     alike['before'] = similarity(model, images, trained.img_size, device)
+    grown['before'] = growth(model, untrained)
     target = images.targets
     return {
         'model': trained.source, 'stimuli': len(stimuli), 'images': len(images),
         'affect': {'before': affect_quality(trained, stimuli, device), 'after': after},
         'similarity': {name: alike[name] for name in ('untrained', 'before', 'after')},
+        'growth': {name: grown[name] for name in ('before', 'after')},
         'state': {'moved': round((own.state - then.state).abs().mean().item(), 4),
                   'sd_before': round(then.state.std(dim=0, correction=0).mean().item(), 4),
                   'sd_after': round(own.state.std(dim=0, correction=0).mean().item(), 4)},
