@@ -844,7 +844,7 @@ def main() -> int:
             raise
         then = f' With more memory, go on with: {resume_command(args)}' if last_good(args) else ''
         print(f'train.py: {args.device} has too little memory ({reason_of(e)}). Lower --batch-size, share it out with '
-              f'--grad-accum-steps, or add --grad-checkpointing.{then}', file=sys.stderr)
+              f'--grad-accum-steps, add --grad-checkpointing, or lower --img-size.{then}', file=sys.stderr)
         return 1
     return 0
 

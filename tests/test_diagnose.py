@@ -149,6 +149,13 @@ def test_command(trained_run, colours, capsys):
     assert 'is the result of stage 1 and has no response to images. Give a run of' in capsys.readouterr().err
 
 
+def test_rotations_are_drawn_as_in_stage_1(trained_run, monkeypatch):
+    seeds = []
+    monkeypatch.setattr('timm_emoreg.diagnose.predict_rotation', lambda stimuli, seed: seeds.append(seed) or stimuli)
+    main([str(trained_run), '--stimuli-labels', 'rotation'])
+    assert seeds == [json.loads((trained_run / 'args.json').read_text())['seed']] != [0]
+
+
 def test_stimuli_images_and_stage_1_are_those_of_the_run(trained_run, colours, capsys, tmp_path):
     assert main([str(trained_run)]) == 0
     found = capsys.readouterr().out

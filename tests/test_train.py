@@ -503,7 +503,8 @@ def test_a_device_with_too_little_memory_is_named(run, train, tmp_path, folder, 
 
     monkeypatch.setattr(train, 'train_epoch', fill)
     at, remedies = 0, ('train.py: cpu has too little memory (CUDA out of memory. Tried to allocate 2 GiB). Lower '
-                       '--batch-size, share it out with --grad-accum-steps, or add --grad-checkpointing.')
+                       '--batch-size, share it out with --grad-accum-steps, add --grad-checkpointing, or lower '
+                       '--img-size.')
     assert run('--task', 'plain', '--dataset', folder) == (1, [], f'{remedies}\n')
     assert os.listdir(tmp_path) == []
     at = 1
@@ -520,7 +521,7 @@ def test_a_cpu_without_memory_is_told_the_same(run, train, folder, monkeypatch):
     status, _, err = run('--task', 'plain', '--dataset', folder)
     assert (status, err) == (1, "train.py: cpu has too little memory (DefaultCPUAllocator: can't allocate memory: you "
                                 'tried to allocate 9 bytes). Lower --batch-size, share it out with --grad-accum-steps, '
-                                'or add --grad-checkpointing.\n')
+                                'add --grad-checkpointing, or lower --img-size.\n')
 
 
 def test_what_changes_nothing_here_is_said(run, train, watched, folder, monkeypatch):
@@ -656,7 +657,10 @@ def test_an_experiment_may_be_called_anything(run, tmp_path, folder):
      'emoreg_resnet18.emoji: is of the backbone resnet18, and this run has test_resnet. Use the same --model'),
     (('-b', 4, '--grad-accum-steps', 8, '--task', 'plain'), '--batch-size 4: 1 processes with 8 accumulation steps'),
     (('--grad-accum-steps', 50, '-b', 64, '--task', 'plain'), '--grad-accum-steps 50: an epoch of '),
-    (('-b', 4000), ' are fewer than one batch of 4000. Use a batch size of at most 48'),
+    (('-b', 4000), '--batch-size 4000: colours has 48 images to train on. Use at most as many.'),
+    (('--grad-accum-steps', 1000, '--task', 'plain'),
+     '--grad-accum-steps 1000: in 1 processes they share out the 48 images that colours has to train on. Use fewer.'),
+    (('--device', 'meta'), '--device meta: torch cannot compute there ('),
     (('-b', 5, '--mixup', '0.2', '--experience', 'none'),
      '--batch-size 5 gives 5 a process and accumulation step. Use a number that makes it even'),
     (('--device', 'abacus'), '--device abacus: torch cannot compute there ('),

@@ -206,7 +206,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         name, labels = shown.pop('stimuli'), shown.pop('stimuli_labels', None)
         rotation = labels == 'rotation'
         stimuli = load_stimuli(name, data_dir, None if rotation else labels, **shown)
-        stimuli = (predict_rotation(stimuli, seed=0) if rotation else stimuli).validation
+        stimuli = (predict_rotation(stimuli, experience.seed) if rotation else stimuli).validation
         images = load_target(args.dataset or trained.dataset, data_dir).validation
         print(json.dumps(diagnose(trained, experience.state_dict, stimuli, images, args.device)))
     except (DataError, CheckpointError, WeightError, ValueError, OSError) as e:

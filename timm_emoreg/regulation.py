@@ -96,7 +96,7 @@ class Balance(nn.Module):
             ``'gate'``: one balance per image, ``r = sigmoid(g e + c)``: appraisal decides how much
                 emotion to let through.
             Both learned forms start at 0.5.
-            A number has the type of the state, which for ratings under autocast has 16 bits: 0.3 is 0.3008 then.
+            A number has the type of the state, which may have 16 bits under autocast: 0.3 is 0.3008 then.
         num_affect: K.
     """
 

@@ -245,11 +245,13 @@ def set_cell(row, column, value):
     (set_cell(2, 0, 'pics/99.png'), r"own\.csv, line 3: there is no image file 'pics/99.png'"),
     (set_cell(2, 0, '../x.png'), r"own\.csv, line 3: '\.\./x\.png' lies outside the folder"),
     (set_cell(2, 0, 'pics/../pics/4.png'), r"own\.csv, line 6: 'pics/4\.png' is already on line 3\. Average"),
+    (set_cell(0, 2, 'Split'), r"own\.csv: the column 'Split' would be passed over\. Call it 'split', or something"),
+    (set_cell(0, 0, 'IMAGE'), r"own\.csv: the column 'IMAGE' would be passed over\. Call it 'image', or something"),
     (set_cell(0, 2, 'split'), r"own\.csv, line 2: split '4' is unknown\. Known: 'train', 'training', 'validation'"),
     (lambda rows: rows.__delitem__(slice(3, None)), r'own\.csv: 2 rows for train, at least 3 are needed\. Add rows'),
 ])
 def test_unusable_csv_is_refused(rated, change, message):
-    columns = ('valence',) if 'split' in message else VA
+    columns = ('valence',) if 'split' in message.lower() else VA
     with pytest.raises(DataError, match=message):
         load_csv(rated(change), columns, (1, 7))
 

@@ -43,6 +43,8 @@ def test_rows_columns_and_lines(table_of):
     (b'\xff\xfea\x00', r't\.csv, line 1: byte 0xff is not UTF-8'),
     (b'a,b\n1,2\n"open,3\n', r't\.csv, line 3: not comma-separated values .*Correct the line'),
     (b'image;joy\na.png;1\n', r"t\.csv, line 1: the columns are separated by ';'\. Save the file with commas between"),
+    (b'\n"image";"joy"\n"a.png";"1,5"\n', r"t\.csv, line 2: the columns are separated by ';'\. Save the file with"),
+    (b'"image"|"joy"\n"a.png"|"1"\n', r"t\.csv, line 1: the columns are separated by '\|'\. Save"),
     (b'image\tjoy\na.png\t1\n', r"t\.csv, line 1: the columns are separated by '\\t'\. Save"),
     (b'a\n' + b'x' * 200_000, r't\.csv, line 2: not comma-separated values \(field larger'),
 ])

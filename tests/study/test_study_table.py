@@ -120,6 +120,16 @@ def test_arms_that_were_judged_on_other_images_are_not_compared(tmp_path):
         tables(tmp_path)
 
 
+def test_equal_differences_are_no_certainty(tmp_path):
+    for seed in (0, 1):
+        write_run(tmp_path, 'plain', seed, 60.0)
+        write_run(tmp_path, 'regulated', seed, 40.0)
+    text = tables(tmp_path)
+    assert '| plain | 2 | -20.00 | n/a | n/a | n/a | n/a |' in text
+    assert 'Differences that are the same for all seeds give no interval and no t test: n/a.' in text
+    assert 'single seed' not in text
+
+
 def test_the_tables(folder):
     text = tables(folder)
     assert text == (folder / 'table.md').read_text()

@@ -55,6 +55,10 @@ from timm_emoreg.training.settings import batch_of_a_step
      '--experience-share 0.4: --separate-experience keeps stage 1 as it is. Leave one of them out.'),
     (('--experience-share', '0.4', '--keep-affect', '1'),
      '--experience-share 0.4: --keep-affect 1.0 keeps the affect response of stage 1, of which a share is left.'),
+    (('--lr', '1e300'), '--lr: expected a number above 0, got 1e300'),  # more than 32 bits hold
+    (('--opt', 'sgd', '--momentum', '0'),
+     '--opt sgd, --momentum 0: Nesterov momentum requires a momentum and zero dampening. Use another --momentum. Or '
+     'use --opt momentum, which is SGD without that.'),
     (('--sched', 'step', '--min-lr', '0.1'), '--min-lr 0.1: has no effect with --sched step. Use another --sched'),
     (('--opt', 'sdg'), 'timm.optim.list_optimizers() names the optimizers. Did you mean sgd?'),
     (('--opt', 'muon', '--opt-kwargs', 'steps=3'), '--opt muon, --opt-kwargs steps=3: '),

@@ -153,8 +153,17 @@ def load_folder(root: str | Path) -> Splits:
     return Splits(root.resolve().name, train, validation, test, _LICENCE)
 
 
+def _has_column(table: Table, name: str) -> bool:
+    """Whether a table has a column that need not be there; one that is only spelled otherwise is an error."""
+    other = next((column for column in table.columns if column.lower() == name and column != name), None)
+    if other and name not in table.columns:
+        raise DataError(f'{table.path}: the column {other!r} would be passed over. Call it {name!r}, or something else '
+                        'if it is to be.')
+    return name in table.columns
+
+
 def _csv_parts(table: Table) -> dict[str, np.ndarray]:
-    if 'split' not in table.columns:
+    if not _has_column(table, 'split'):
         return {'train': np.arange(len(table))}
     aliases = list(_PARTS)
     part = np.array([_PARTS[aliases[i]] for i in table.choices('split', aliases)])
@@ -194,7 +203,7 @@ def load_csv(path: str | Path, rating_columns: Sequence[str], rating_scale: tupl
         raise DataError(f'{path}: the rating columns {list(columns)} are none or not distinct. '
                         f'Name each once, from {", ".join(map(repr, table.columns))}.')
     ratings = np.stack([table.numbers(name, low, high) for name in columns], axis=1)
-    image_column = 'image' if 'image' in table.columns else table.columns[0]
+    image_column = 'image' if _has_column(table, 'image') else table.columns[0]
     images = table.files(table.column(image_column), path.parent)
     first: dict[Path, int] = {}
     for i, image in enumerate(images):

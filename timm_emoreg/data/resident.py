@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .sets import DataError, ImageSet
 
-__all__ = ['EpochLoader', 'ResidentLoader', 'check_fills_a_batch', 'resident_bytes']
+__all__ = ['EpochLoader', 'ResidentLoader', 'resident_bytes']
 
 FLIPS = ('none', 'random', 'alternate')
 
@@ -18,7 +18,7 @@ def resident_bytes(num_images: int, size: tuple[int, int], crop_padding: int = 0
     return num_images * 3 * (size[0] + 2 * crop_padding) * (size[1] + 2 * crop_padding)
 
 
-def check_fills_a_batch(images: ImageSet, batch_size: int) -> None:
+def _check_fills_a_batch(images: ImageSet, batch_size: int) -> None:
     """Raise a `DataError` if a training set is smaller than a batch: there would be nothing to train on."""
     if len(images) < batch_size:
         raise DataError(f'{len(images)} images to train on ({", ".join(images.target.names[:3])} ...) are fewer '
@@ -75,7 +75,7 @@ class EpochLoader:
         if flip not in FLIPS:
             raise ValueError(f'flip={flip!r} is unknown, expected one of {", ".join(map(repr, FLIPS))}.')
         if training:
-            check_fills_a_batch(images, batch_size * world_size)
+            _check_fills_a_batch(images, batch_size * world_size)
         self.num_images = len(images)
         self.size = tuple(size)
         self.batch_size = batch_size

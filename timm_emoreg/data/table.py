@@ -147,6 +147,11 @@ def read_table(path: Path) -> Table:
         raise DataError(f'{path}, line {line}: byte 0x{e.object[e.start]:02x} is not UTF-8. '
                         'Save the file with UTF-8 encoding.') from None
 
+    header = next((i for i, line in enumerate(text.splitlines(), start=1) if line.strip()), 0)
+    named = text.splitlines()[header - 1] if header else ''
+    if ',' not in named and (other := next((c for c in ';\t|' if c in named), None)):
+        raise DataError(f'{path}, line {header}: the columns are separated by {other!r}. Save the file with commas '
+                        'between them.')
     reader = csv.reader(io.StringIO(text, newline=''), strict=True)
     lines, rows = [], []
     start = 1
@@ -162,9 +167,6 @@ def read_table(path: Path) -> Table:
     if not rows:
         raise DataError(f'{path}: the table is empty. Its first line must name the columns.')
     columns = rows[0]
-    if len(columns) == 1 and (other := next((c for c in ';\t' if c in columns[0]), None)):
-        raise DataError(f'{path}, line {lines[0]}: the columns are separated by {other!r}. Save the file with commas '
-                        'between them.')
     for i, name in enumerate(columns):
         if name in columns[:i]:
             raise DataError(f'{path}, line {lines[0]}: columns {columns.index(name) + 1} and {i + 1} are both named '

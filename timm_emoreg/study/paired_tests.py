@@ -12,8 +12,8 @@ __all__ = ['Difference', 'holm', 'mcnemar', 'mean_sd', 'paired_difference']
 class Difference(NamedTuple):
     """Mean of `n` paired differences, their sd, the ends of its 95 % interval, and the p of a two-sided t test.
 
-    What a number of pairs does not give is NaN: everything for none, all but the mean for one; and p where all
-    differences are equal, so that there is no variation to test against.
+    What a number of pairs does not give is NaN: everything for none, all but the mean for one; and interval and p where
+    all differences are equal, so that there is no variation to test against.
     """
 
     n: int
@@ -57,7 +57,7 @@ def paired_difference(ours: Sequence[float], theirs: Sequence[float]) -> Differe
     if n < 2 or math.isnan(mean):
         return Difference(n, mean, sd, math.nan, math.nan, math.nan)
     if sd <= 1e-12 * max(map(abs, (*ours, *theirs))):  # all equal, but for the rounding of each subtraction
-        return Difference(n, mean, 0.0, mean, mean, math.nan)
+        return Difference(n, mean, 0.0, math.nan, math.nan, math.nan)
     test = _scipy_stats().ttest_rel(ours, theirs)
     low, high = test.confidence_interval(0.95)
     return Difference(n, mean, sd, float(low), float(high), float(test.pvalue))

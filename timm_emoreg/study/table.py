@@ -314,7 +314,8 @@ def _duplicates(folder: Path, settings: Sequence[Setting], data_dir: str | None)
                     tests.append(float(row['test']))
             rows.append((setting.title, arm, *(_number(statistics.mean(c), 1) for c in zip(*counts, strict=True)),
                          spread(tests), spread(kept)))
-    parts.append(markdown(('setting', 'arm', 'exact', 'near', 'test top1', 'without near'), rows))
+    if rows:
+        parts.append(markdown(('setting', 'arm', 'exact', 'near', 'test top1', 'without near'), rows))
     return '\n'.join(parts)
 
 
@@ -399,6 +400,8 @@ def _setting_table(folder: Path, setting: Setting) -> tuple[str, list[dict]]:
                          'won_lost_by_seed': ' '.join(f'{seed}:{won}/{lost}' for seed, won, lost in c.pairs)})
     if any(len(runs) < 2 for runs in setting.arms.values()):
         text.append('A single seed gives no sd, no interval and no t test: n/a.\n')
+    if any(row.get('difference_sd') == 0 for row in rows):
+        text.append('Differences that are the same for all seeds give no interval and no t test: n/a.\n')
     text += _computed_otherwise(folder, setting)
     return '\n'.join(text), rows
 

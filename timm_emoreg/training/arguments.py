@@ -7,6 +7,8 @@ from collections.abc import Callable
 
 from timm.utils import ParseKwargs
 
+LARGEST = 3.4e38  # that torch's 32-bit numbers hold
+
 __all__ = ['NamedValues', 'above', 'at_least', 'compiler_backend', 'share', 'within']
 
 
@@ -22,7 +24,7 @@ class NamedValues(ParseKwargs):
 def _number(text: str, kind: type, fits: Callable[[float], bool], expected: str):
     try:
         value = kind(text)
-        if not (math.isfinite(value) and fits(value)):
+        if not (math.isfinite(value) and abs(value) < LARGEST and fits(value)):
             raise ValueError
     except (OverflowError, ValueError):
         raise argparse.ArgumentTypeError(f'expected {expected}, got {text[:40]}') from None

@@ -56,6 +56,7 @@ class Experience:
         stimuli: What was shown, as `timm_emoreg.data.load_stimuli` and train.py name it: ``'stimuli'`` and, where they
             are not the usual ones, ``'stimuli_labels'``, ``'rating_columns'``, ``'rating_scale'``. Empty if it is
             unknown, or if the labels were shuffled.
+        seed: Of its training, by which the rotations of a label-free task were drawn, 0 if unknown.
     """
 
     source: str
@@ -68,6 +69,7 @@ class Experience:
     unfinished: str = ''
     model_kwargs: dict[str, Any] | None = None
     stimuli: Mapping[str, Any] = field(default_factory=dict)
+    seed: int = 0
 
     def check_form(self, backbone: str, small_image: bool, model_kwargs: dict[str, Any]) -> None:
         """Refuse another backbone or form than that of stage 1: strides, activations and the normalisation of images
@@ -128,7 +130,7 @@ def _from_checkpoint(path: Path) -> Experience:
         unfinished = f'; its training was not finished, this is epoch {checkpoint["epoch"] + 1}'
     return Experience(str(path), judged_state(checkpoint), answers.affect_kind, len(answers), answers.names,
                       getattr(args, 'backbone', ''), getattr(args, 'small_image', None), unfinished,
-                      getattr(args, 'model_kwargs', None), shown)
+                      getattr(args, 'model_kwargs', None), shown, getattr(args, 'seed', 0))
 
 
 def find_experience(where: str) -> Experience:

@@ -30,7 +30,7 @@ def join_processes(args: Namespace) -> torch.device:
         os.environ['LOCAL_RANK'] = '0'  # as with --gpus-per-task=1: each task sees its own GPU only, timm counts on all
     try:
         device = init_distributed_device(args)
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()  # which a device without numbers, meta, does not give
     except (ValueError, torch.distributed.DistError) as e:
         raise LaunchError(f'the processes cannot find each other ({str(e).splitlines()[0]}). Start them with torchrun, '
                           'or set MASTER_ADDR and MASTER_PORT, the same for all, beside what SLURM or MPI sets.') from e

@@ -21,7 +21,6 @@ from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
 from .. import BACKBONES
 from ..data import STIMULI, TARGETS, DataError, Splits, absolute, stimuli_parts
 from ..data.progressive import SMALLEST
-from ..data.resident import check_fills_a_batch
 from ..files import DamagedError, read_json
 from ..regulation import check_regulation
 from ..small_image import LARGEST_SIZE, has_small_image_form
@@ -322,16 +321,19 @@ def _check_recipe(args: Namespace) -> None:
         except CANNOT_OPTIMIZE as e:
             reason = str(e).rstrip('.') or 'it cannot be had here'  # timm asserts without a word what must be installed
             near = difflib.get_close_matches(args.opt, list_optimizers(), n=1)
-            if args.opt_kwargs and _works_without_kwargs(args):
+            if args.opt_kwargs and _works_with(args, opt_kwargs={}):
                 raise SettingsError(f'--opt {args.opt}, {flag("opt_kwargs", args.opt_kwargs)}: {reason}. Correct '
                                     '--opt-kwargs.') from e
+            if not args.momentum and _works_with(args, momentum=0.9):
+                other = ' Or use --opt momentum, which is SGD without that.' if 'Nesterov' in reason else ''
+                raise SettingsError(f'--opt {args.opt}, --momentum 0: {reason}. Use another --momentum.{other}') from e
             raise SettingsError(f'--opt {args.opt}: {reason}. timm.optim.list_optimizers() names the optimizers.'
                                 + (f' Did you mean {near[0]}?' if near and near[0] != args.opt else '')) from e
 
 
-def _works_without_kwargs(args: Namespace) -> bool:
+def _works_with(args: Namespace, **changed: Any) -> bool:
     try:
-        _try_optimizer(Namespace(**{**vars(args), 'opt_kwargs': {}}), 'cpu')
+        _try_optimizer(Namespace(**{**vars(args), **changed}), 'cpu')
     except CANNOT_OPTIMIZE:
         return False
     return True
@@ -407,6 +409,9 @@ def batch_of_a_step(args: Namespace, task: str, splits: Splits, stimuli: Splits 
     whole_batch = args.batch_size or min(usual, max(fewest // (2 * shares) * 2 * shares, 1))
     batch_size = whole_batch // shares
     if not batch_size:
+        if not args.batch_size:
+            raise DataError(f'--grad-accum-steps {args.grad_accum_steps}: in {args.world_size} processes they share '
+                            f'out the {fewest} images that {splits.name} has to train on. Use fewer.')
         raise DataError(f'--batch-size {whole_batch}: {args.world_size} processes with {args.grad_accum_steps} '
                         f'accumulation steps each share it out. Use at least {shares}, or a smaller '
                         '--grad-accum-steps.')
@@ -418,7 +423,9 @@ def batch_of_a_step(args: Namespace, task: str, splits: Splits, stimuli: Splits 
         raise DataError(f'--mixup and --cutmix mix the images of a step in pairs, --batch-size {whole_batch} gives '
                         f'{batch_size} a process and accumulation step. Use a number that makes it even.')
     for shown in (splits, *([stimuli] if stimuli else [])):
-        check_fills_a_batch(shown.train, batch_size * args.world_size)
+        if len(shown.train) < batch_size * args.world_size:
+            raise DataError(f'--batch-size {whole_batch}: {shown.name} has {len(shown.train):,} images to train on. '
+                            'Use at most as many.')
     batches = len(splits.train) // (batch_size * args.world_size)
     if batches < args.grad_accum_steps:
         raise DataError(f'--grad-accum-steps {args.grad_accum_steps}: an epoch of {splits.name} has {batches} batches, '
