@@ -26,6 +26,32 @@ def parsed(train):
     return call
 
 
+# The command on a card names only what differs from the defaults (`recipe_of`), and so do commands in READMEs and those
+# of the study: with another default, the same command would train something else than what was published. A default
+# that has to change needs these commands to be written anew.
+DEFAULTS = {
+    'model': 'emoreg_resnet18', 'task': 'emoreg', 'model_kwargs': {}, 'pretrained_backbone': False, 'drop': None,
+    'drop_path': None, 'backbone': 'resnet18', 'small_image': True, 'img_size': 32,
+    'experience': None, 'stimuli': None, 'stimuli_labels': None, 'shuffle_stimuli_labels': False,
+    'rating_columns': None, 'rating_scale': None, 'affect_epochs': None, 'balance': 0.5, 'balanced_in': 'prediction',
+    'modulation': True, 'keep_affect': 0.0, 'rehearsal': 0.0, 'affect_lr_scale': 1.0, 'separate_experience': False,
+    'dataset': 'cifar10', 'train_images': None, 'start_img_size': None, 'batch_size': None, 'loader': 'auto',
+    'no_aug': False, 'hflip': 'random', 'cutout': 0, 'mixup': 0.0, 'cutmix': 0.0, 'smoothing': 0.1,
+    'epochs': 8, 'val_interval': 1, 'opt': None, 'opt_kwargs': {}, 'lr': None, 'momentum': 0.9, 'weight_decay': None,
+    'layer_decay': None, 'sched': 'cosine', 'decay_epochs': None, 'decay_rate': None, 'warmup_epochs': 1.0,
+    'warmup_lr': 1e-3, 'min_lr': 1e-3, 'clip_grad': None, 'clip_mode': 'norm', 'grad_accum_steps': 1,
+    'model_ema': False, 'model_ema_decay': 0.998,
+    'amp': True, 'amp_dtype': 'bfloat16', 'channels_last': True, 'grad_checkpointing': False, 'torchcompile': None,
+    'sync_bn': False, 'seed': 42,
+}
+
+
+def test_no_default_has_changed_since_recipes_were_published(train):
+    of_the_machine = ('output', 'experiment', 'resume', 'data_dir', 'device', 'workers', 'log_interval')
+    found = vars(train.parse_args([]))
+    assert {name: value for name, value in found.items() if name not in of_the_machine} == DEFAULTS
+
+
 def test_the_model_and_its_losses_are_those_that_were_asked_for(train, parsed):
     def build(*flags):
         args = parsed('--experience', 'none', '--smoothing', 0.3, *flags)

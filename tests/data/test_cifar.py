@@ -59,8 +59,9 @@ def present(publish, tmp_path):
     return move
 
 
-@pytest.mark.parametrize(('name', 'files'), [('cifar10', 5), ('cifar100', 1)])
-def test_present_set_is_used_without_network(present, tmp_path, monkeypatch, name, files):
+@pytest.mark.parametrize(('name', 'files', 'held_out'), [
+    ('cifar10', 5, [4, 5, 20, 22, 27, 33, 47, 56, 61, 82]), ('cifar100', 1, [4, 7])])
+def test_present_set_is_used_without_network(present, tmp_path, monkeypatch, name, files, held_out):
     present(name)
     monkeypatch.setattr(MAKERS[name], 'download', lambda _: pytest.fail('downloaded a set that is there'))
     splits = load_cifar(name, tmp_path / 'data')
@@ -70,6 +71,7 @@ def test_present_set_is_used_without_network(present, tmp_path, monkeypatch, nam
     assert len(splits.train) == total * 9 // 10
     numbers = [part.images[:, 0, 0, 0].tolist() for part in (splits.train, splits.validation, splits.test)]
     assert sorted(numbers[0] + numbers[1]) == list(range(total))
+    assert numbers[1] == held_out  # another split would judge published weights by what they were trained on
     assert numbers[2] == list(range(total, total + 20))
     for part, values in zip((splits.train, splits.validation, splits.test), numbers, strict=True):
         assert part.images.shape[1:] == (32, 32, 3)

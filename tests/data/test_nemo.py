@@ -43,6 +43,8 @@ def test_speakers_are_in_every_part_and_nobody_of_the_emotions_evaluation(tmp_pa
     splits = load_nemo(write(tmp_path), 'speaker')
     assert splits.target.names == SPEAKERS[:6]
     clips = []
+    assert splits.validation.images[:, 0, 0].tolist() == [2, 10, 21, 33, 45, 52]  # as published numbers were made
+    assert splits.test.images[:, 0, 0].tolist() == [5, 11, 23, 35, 42, 53]
     for part, count in ((splits.train, 4), (splits.validation, 1), (splits.test, 1)):
         values = part.images[:, 0, 0]
         assert part.targets.tolist() == (values // 10).tolist()

@@ -66,6 +66,9 @@ def test_folder_per_class_is_split_by_class(tmp_path):
             assert path.relative_to(tmp_path).parts[0] == splits.target.names[label]
     everything = {path for part in (splits.train, splits.validation, splits.test) for path in part.images}
     assert len(everything) == 60
+    # one of anger, then joy: another version must not show in training what this one held out
+    assert [int(path.stem) for path in splits.validation.images] == [7, 2, 41, 42, 47, 8]
+    assert [int(path.stem) for path in splits.test.images] == [1, 19, 32, 34, 40, 49]
     assert load_folder(tmp_path).test.images == splits.test.images
     assert splits.train[0][0].height == 4
 

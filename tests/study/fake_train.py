@@ -71,11 +71,14 @@ def main():
     (out / 'summary.csv').write_text('\n'.join(summary) + '\n')
     for name in ('last', 'model_best'):
         (out / f'{name}.pth.tar').touch()
+    # stage 1 is judged at its end alone; as on a machine under load, one arm is computed otherwise
+    best = args.epochs if args.task == 'affect' else max(args.epochs - 1, 1)
+    precision = 'bfloat16' if arm == 'regulated' else 'float32'
     (out / 'result.json').write_text(json.dumps({
         'task': args.task, 'model': args.model, 'train_images': args.train_images or 1278, 'seed': args.seed,
-        'epochs': args.epochs, 'best_epoch': args.epochs, 'metric': metric, 'validation': top1 + 1,
+        'epochs': args.epochs, 'best_epoch': best, 'metric': metric, 'validation': top1 + 1,
         'test': {metric: top1},
-        'balance': 0.5 if args.task == 'emoreg' else None, 'experience': args.experience, 'precision': 'float32',
+        'balance': 0.5 if args.task == 'emoreg' else None, 'experience': args.experience, 'precision': precision,
         'attention': 'plain', 'loader': 'resident', 'seconds': 2.0 * args.epochs,
         'device': f'CPU, {os.environ["OMP_NUM_THREADS"]} threads'}))
     if args.experiment in os.environ.get('FAKE_LATE', '').split():

@@ -63,7 +63,7 @@ def starts(tmp_path) -> dict[str, int]:
             for log in (tmp_path / 's/logs').iterdir()}
 
 
-def test_a_grid_is_run_once(run, tmp_path):
+def test_a_grid_is_run_once(run, tmp_path, capsys):
     arms = ('--arms', 'plain', 'regulated', 'init', '--seeds', 0, 1)
     status, out, err = run(*arms, '--jobs', 3, '--threads', 2, own=('--val-interval', '2'))
     assert (status, err) == (0, '')
@@ -81,8 +81,14 @@ def test_a_grid_is_run_once(run, tmp_path):
         'regulated', 'emoji', '1', '0.5', 'CPU, 2 threads')
     assert row['flags'].endswith('--epochs 3 --val-interval 2')
     assert float(row['seconds']) == result['seconds']
+    assert (row['epochs'], row['best_epoch'], result['best_epoch']) == ('3', '2', 2)
     assert (row['commit'], row['attention'], row['loader']) == ('abc', 'plain', 'resident')
     assert result['experience'] == str(tmp_path / 's/runs/test_resnet_emoji_affect_s1')
+    assert {row['arm']: row['precision'] for row in rows} == {
+        'plain': 'float32', 'init': 'float32', 'regulated': 'bfloat16'}
+    assert main(['table', '--output', str(tmp_path / 's'), '--seeds', '0', '1']) == 0
+    assert ('the runs of seed 0, 1 were computed in different ways (bfloat16, float32). Run the arms'
+            in capsys.readouterr().out)
     kept = {str(path.relative_to(tmp_path / 's/runs')) for path in (tmp_path / 's/runs').glob('*/*/*.pth.tar')}
     assert kept == {f'test_resnet_emoji_affect_s{seed}/affect/model_best.pth.tar' for seed in (0, 1)}
 
@@ -167,6 +173,10 @@ def test_a_stopped_study_goes_on_where_it_was(run, tmp_path, waiting_run):
     assert 'stopped with 3 runs to do. The same command goes on.' in out
     assert refused[0].startswith(f'{tmp_path / "s"}: process {os.getpid()} runs this study')
     assert keys(tmp_path) == ['test_resnet_cifar10_1000_plain_s0']
+    # which has no row yet, so that its flags are known from its beginning alone
+    status, _, err = run('--arms', 'random', '--seeds', 0, own=('--lr', '0.2'))
+    assert (status, err) == (2, f'study: {slow} was begun with other flags: "nothing" then, "--lr 0.2" now. Give the '
+                                'same ones, or another --output.\n')
     status, _, err = run(*arms)
     assert (status, err) == (0, '')
     assert starts(tmp_path) == {'test_resnet_cifar10_1000_plain_s0': 1, 'test_resnet_emoji_affect_s0': 1, slow: 2,
@@ -208,6 +218,19 @@ def test_a_study_that_is_running_is_not_started_twice(run, tmp_path):
     assert f'study: {tmp_path / "s"}: process {os.getpid()} runs this study' in err
     assert os.listdir(tmp_path / 's') == ['study.lock']
     assert run('--arms', 'plain', '--seeds', 0)[0] == 0
+
+
+def test_a_row_that_another_call_writes_meanwhile_is_kept(run, tmp_path, monkeypatch):
+    check = study.check_flags
+
+    def another_call(*args):  # after this one has looked at what is finished, and before it has the lock
+        monkeypatch.setattr(study, 'check_flags', check)
+        assert run('--arms', 'plain', '--seeds', 1)[0] == 0
+        check(*args)
+
+    monkeypatch.setattr(study, 'check_flags', another_call)
+    assert run('--arms', 'plain', '--seeds', 0)[0] == 0
+    assert keys(tmp_path) == [f'test_resnet_cifar10_1000_plain_s{seed}' for seed in (1, 0)]
 
 
 def test_a_run_that_was_left_behind_holds_the_lock(tmp_path, waiting_run):
@@ -305,6 +328,7 @@ def test_a_folder_whose_name_is_no_text_is_refused(run, tmp_path, colours):
     (('--stimuli', __file__), '.py: a csv needs both --rating-columns and --rating-scale, and nothing else has them'),
     (('--rating-columns', 'joy', '--rating-scale', '1', '7'), '--stimuli emoji: a csv needs both --rating-columns and'),
     (('--affect-flags', '--lr 1 --seed 3'), '--seed: is set by the study'),
+    (('--target-flags', '--lr 1 --seed 3'), '--seed: is set by the study'),
     (('--train-script', 'nowhere.py'), 'nowhere.py: there is no training script'),
     (('--', '--epochs=3'), "--epochs=3: is set by the study. Use the study's own option for that, before the '--'."),
     (('--', '--rehearsal', '1'), '--rehearsal: is not for every arm, as it needs the dual head. Give it to arms'),
@@ -423,7 +447,8 @@ def pictures(tmp_path) -> Path:
     return tmp_path / 'pictures'
 
 
-def test_a_set_of_ones_own_may_be_named_in_other_words_but_must_not_change(run, tmp_path, pictures, monkeypatch):
+def test_a_set_of_ones_own_may_be_named_in_other_words_but_must_not_change(run, tmp_path, pictures, colours,
+                                                                               monkeypatch):
     own = ('--train-images', 'all', '--seeds', 0, '--arms', 'plain')
     both = ('--stimuli', pictures, '--targets', pictures, *own)
     assert run(*both)[0] == 0
@@ -431,6 +456,7 @@ def test_a_set_of_ones_own_may_be_named_in_other_words_but_must_not_change(run, 
     both = ('--stimuli', 'pictures/', '--targets', './pictures', *own, 'random')
     assert '1 runs to do, 1 finished before' in run(*both)[1]
     assert {row['target'] for row in read_rows(tmp_path / 's/results.csv')} == {str(pictures)}
+    assert run('--targets', colours, *own)[0] == 0  # a call about another set does not forget this one
     shutil.copyfile(pictures / 'sky/1.png', pictures / 'sky/new.png')
     status, _, err = run(*both, '--arms', 'init')
     assert (status, err) == (2, f'study: {pictures}: holds other images, labels or parts than when this study began. '

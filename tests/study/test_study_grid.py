@@ -124,7 +124,8 @@ def test_the_ratings_of_a_csv_go_to_the_runs_that_see_it(grid, tmp_path):
 
 
 @pytest.mark.parametrize(('stimuli', 'images', 'epochs'), [
-    ('ferplus', '1000', 20 + 140), ('ferplus', 'all', 20 + 3), ('emoji', '1000', 20 + 6)])
+    ('ferplus', '1000', 20 + 140), ('ferplus', 'all', 20 + 3), ('emoji', '1000', 20 + 6),
+    ('emoji', '4000', 20 + 2)])  # 6.5 and 1.625: to the nearest number
 def test_plain_plus_sees_as_many_images_more_as_stage_1(grid, stimuli, images, epochs):
     run, = grid(arms=['plain+'], stimuli=[stimuli], train_images=[images])[0]
     assert run.epochs == epochs
@@ -182,9 +183,14 @@ def test_damaged_rows_are_named(tmp_path):
             study_grid.read_runs(tmp_path, path.name)
 
 
-def test_an_option_cannot_take_what_the_study_decides():
-    with pytest.raises(StudyError, match=r"arm 'plain:epochs=3': --epochs is set by the study"):
-        parse_arm('plain:epochs=3')
+# a list of its own: a name that is missing in the other one would let an arm train something else than its row says
+@pytest.mark.parametrize('flag', [
+    'model', 'task', 'seed', 'dataset', 'train-images', 'epochs', 'affect-epochs', 'experience', 'stimuli',
+    'stimuli-labels', 'shuffle-stimuli-labels', 'rating-columns', 'rating-scale', 'data-dir', 'device', 'output',
+    'experiment', 'resume'])
+def test_an_option_cannot_take_what_the_study_decides(flag):
+    with pytest.raises(StudyError, match=f"arm 'regulated:{flag}=3': --{flag} is set by the study"):
+        parse_arm(f'regulated:{flag}=3')
 
 
 def test_two_sets_of_one_name_are_refused(grid):

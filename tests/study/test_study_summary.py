@@ -7,6 +7,7 @@ from PIL import Image
 from study_runs import write_run, write_runs
 
 from timm_emoreg.marks import between_marks
+from timm_emoreg.study import summary
 from timm_emoreg.study.command import main
 from timm_emoreg.study.grid import StudyError
 from timm_emoreg.study.paired_tests import holm
@@ -69,15 +70,21 @@ def test_what_has_not_the_pairs_of_all_seeds_is_marked(csv):
     assert cells[5] == '+1.00 (1)'
 
 
-def test_bold_is_what_is_clear_after_the_correction(tmp_path):
+def test_bold_is_what_is_clear_after_the_correction(tmp_path, monkeypatch):
     for seed in range(5):
         write_run(tmp_path, 'plain', seed, 50.0 + seed)
         write_run(tmp_path, 'regulated', seed, 52.0 + seed + 0.1 * (seed % 2))
         write_run(tmp_path, 'shuffled', seed, 52.0 + seed + (-1) ** seed)
     (tmp_path / 'summary.csv').write_text(f'{HEADER}x,.,emoji,cifar10,1000,0-4\n')
-    line = make_summary(read_summary(tmp_path / 'summary.csv')).splitlines()[2].split(' | ')
+    lines = read_summary(tmp_path / 'summary.csv')
+    line = make_summary(lines).splitlines()[2].split(' | ')
     assert line[3].startswith('**+2.04 [')
     assert line[5].startswith('-0.16 [')
+    figures = []
+    monkeypatch.setattr(summary, 'save', lambda figure, _: figures.append(figure))
+    draw_summary(lines, tmp_path / 'summary.png')
+    assert [[text.get_text().strip() for text in axis.texts] for axis in figures[0].axes] == [
+        ['*'], ['not run'], [], ['not run']]
 
 
 def test_the_picture_has_a_panel_a_control(csv, figures):
@@ -91,6 +98,7 @@ def test_the_picture_has_a_panel_a_control(csv, figures):
     d = lines[0].compared['plain'][0].difference
     drawn, = [line for line in axes[0].lines if len(line.get_xdata()) == 2 and list(line.get_ydata()) == [0, 0]]
     assert list(drawn.get_xdata()) == [d.low, d.high]
+    assert not axes[0].texts  # no *: what is clear by itself is not after the correction, as in the table
     assert [text.get_text().strip() for text in axes[3].texts] == ['not run'] * 2
 
 

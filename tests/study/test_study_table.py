@@ -107,7 +107,7 @@ def test_images_are_counted_seed_by_seed(tmp_path):
     assert found.pairs == ((0, 3, 1), (1, 1, 1))
     assert (found.won, found.lost) == (4, 2)
     assert found.mcnemar_p == pytest.approx(stats.binomtest(4, 6).pvalue)
-    tables(tmp_path)
+    assert '| plain | 3 | +10.00 [+10.00, +10.00] | n/a | n/a | 4 : 2 (2 seeds) | 0.688 |' in tables(tmp_path)
     row = next(row for row in read_rows(tmp_path / 'table.csv') if row['versus'] == 'plain')
     assert (row['won'], row['lost'], row['won_lost_by_seed']) == ('4', '2', '0:3/1 1:1/1')
 
@@ -164,8 +164,10 @@ def test_accuracy_without_copies(tmp_path, monkeypatch):
     write_run(tmp_path, 'plain', 0, 100 * 14 / 15, images='all', predictions=wrong)
     text = tables(tmp_path, duplicates=True)
     assert '| resnet10t: cifar10, all training images, 3 epochs, seed 0 | plain | 1.0 | 1.0 | 93.33 | 100.00 |' in text
-    write_run(tmp_path, 'plain', 0, 60.0, images='4', predictions=wrong[1:])  # of another test set
-    assert 'seed 0 | plain | 0.0 | 0.0 | n/a | n/a |' in tables(tmp_path, duplicates=True)
+    for number, other in (('4', wrong[1:]), ('6', [(1 - label, answer) for label, answer in wrong])):
+        write_run(tmp_path, 'plain', 0, 60.0, images=number, predictions=other)  # of another test set
+        assert f'cifar10, {number} training images, 3 epochs, seed 0 | plain | 0.0 | 0.0 | n/a | n/a |' in tables(
+            tmp_path, duplicates=True)
 
 
 def test_stage_1_stands_below_with_the_epoch_it_was_taken_at(folder):
@@ -220,9 +222,9 @@ def test_a_stage_1_that_was_computed_otherwise_is_told_too(folder):
     write_rows(folder / 'stage1.csv', rows, COLUMNS)
     assert ('the runs of seed 1 were computed in different ways in stage 1 (bfloat16, float32). Run the arms'
             in tables(folder))
-    unused = [row | {'seed': 9} for row in rows[2:]]  # no run above has that seed
-    write_rows(folder / 'stage1.csv', rows[:-1] + unused, COLUMNS)
-    assert 'different ways' not in tables(folder)
+    for other in ({'seed': 9}, {'stimuli': 'ferplus'}, {'model': 'resnet18'}):  # of no run above
+        write_rows(folder / 'stage1.csv', rows[:-1] + [row | other for row in rows[2:]], COLUMNS)
+        assert 'different ways' not in tables(folder)
 
 
 def test_an_arm_of_another_version(folder):
@@ -279,7 +281,10 @@ def test_copies_are_looked_for_among_the_training_images_of_each_seed(tmp_path, 
     images[30] = images[shown]
     for seed in (0, 1):
         write_run(tmp_path, 'plain', seed, 60.0, images='4', predictions=[(label, label) for label in labels])
-    assert 'seeds 0-1 | plain | 0.5 | 0.5 | 60.00 ± 0.00 | 100.00 ± 0.00 |' in tables(tmp_path, duplicates=True)
+    write_run(tmp_path, 'plain', 0, 60.0, images='20', predictions=[(label, label) for label in labels])
+    text = tables(tmp_path, duplicates=True)
+    assert 'seeds 0-1 | plain | 0.5 | 0.5 | 60.00 ± 0.00 | 100.00 ± 0.00 |' in text
+    assert '20 training images, 3 epochs, seed 0 | plain | 1.0 | 1.0 | 60.00 | 100.00 |' in text  # of that seed, too
 
 
 @pytest.mark.parametrize('column', ['model', 'target', 'train_images'])
