@@ -35,6 +35,7 @@ DEFAULTS = {
     'experience': None, 'stimuli': None, 'stimuli_labels': None, 'shuffle_stimuli_labels': False,
     'rating_columns': None, 'rating_scale': None, 'affect_epochs': None, 'balance': 0.5, 'balanced_in': 'prediction',
     'modulation': True, 'keep_affect': 0.0, 'rehearsal': 0.0, 'affect_lr_scale': 1.0, 'separate_experience': False,
+    'experience_share': 1.0,
     'dataset': 'cifar10', 'train_images': None, 'start_img_size': None, 'batch_size': None, 'loader': 'auto',
     'no_aug': False, 'hflip': 'random', 'cutout': 0, 'mixup': 0.0, 'cutmix': 0.0, 'smoothing': 0.1,
     'epochs': 8, 'val_interval': 1, 'opt': None, 'opt_kwargs': {}, 'lr': None, 'momentum': 0.9, 'weight_decay': None,
