@@ -179,3 +179,11 @@ def test_rated_stimuli_of_a_rehearsal_need_two_a_step():
     assert batch_of_a_step(args, 'emoreg', images) == 1
     with pytest.raises(DataError, match='1 - CCC needs 2 images or more a step, --batch-size 1 gives 1'):
         batch_of_a_step(args, 'emoreg', images, stimuli)
+
+
+def test_accumulation_beyond_a_small_set_is_what_is_named():
+    part = ImageSet(np.zeros((9, 1, 1, 3), np.uint8), torch.zeros(9, dtype=torch.long), Target('class', ('a', 'b')))
+    args = argparse.Namespace(batch_size=None, world_size=2, grad_accum_steps=10, mixup=0, cutmix=0)
+    with pytest.raises(DataError, match=r'^--grad-accum-steps 10: in 2 processes they share out the 9 images that toy '
+                                        r'has to train on\. Use fewer\.$'):
+        batch_of_a_step(args, 'plain', Splits('toy', part, part, part, 'free'))
