@@ -60,19 +60,41 @@ def test_step_compares_the_same_net_with_and_without_the_dual_head(args, monkeyp
     def compare(ours, theirs, rounds):
         compared.append((ours, theirs))
         return [(ours() or 1.0, theirs() or 1.0)]
-    built, build = [], bench.build
+    built, build, inferred, inference = [], bench.build, [], bench.inference
     monkeypatch.setattr(bench, 'compare', compare)
+    monkeypatch.setattr(bench, 'inference', lambda model, *at: inferred.append(model) or inference(model, *at))
     monkeypatch.setattr(bench, 'build', lambda *a, **k: built.append(build(*a, **k)) or built[-1])
     figures = list(bench.step(args))
     assert [figure.name.split(':')[0] for figure in figures] == [
         'training step', 'training step, separate experience', 'peak memory of training', 'inference, folded']
     (peaks,) = figures[2].pairs
     assert 1 < peaks[0] / peaks[1] < 1.5
-    plain, emoreg, separate, *_ = built
+    plain, emoreg, separate, *_, unfolded, alone = built
     assert [type(model).__name__ for model in (plain, emoreg, separate)] == ['ResNet', 'EmoReg', 'EmoReg']
     assert separate.backbone_emo is not None
     assert str(plain.conv1) == str(emoreg.backbone.conv1)
     assert all(p.grad is None for model in (plain, emoreg) for p in model.parameters())  # a whole step was taken
+    folded = inferred[0]
+    assert [type(model).__name__ for model in (unfolded, folded, alone)] == ['EmoReg', 'ResNet', 'ResNet']
+    assert inferred[1] is alone
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(folded(x), unfolded.eval()(x), atol=1e-4, rtol=1e-4)
+
+
+def test_peak_memory_of_training_is_that_with_the_state_of_the_optimizer(args, monkeypatch):
+    runs = []
+    monkeypatch.setattr(bench, 'training', lambda *_: lambda: runs.append('step'))  # which the first one makes
+    bench.train_anew(True, ('test_resnet', 32, True), (32, 4, args))
+    assert runs == ['step', 'step']
+
+
+def test_a_function_that_is_timed_takes_all_steps_in_its_mode(args):
+    args.steps = 3
+    for make, mode in ((bench.training, True), (bench.inference, False)):
+        model, modes = bench.build(True, 'test_resnet', 32, True).train(not mode), []
+        model.register_forward_hook(lambda model, *_, modes=modes: modes.append(model.training))
+        make(model, 32, 4, args)()
+        assert modes == [mode] * 3
 
 
 def test_a_training_step_changes_what_it_trains(args):
@@ -84,9 +106,12 @@ def test_a_training_step_changes_what_it_trains(args):
 
 def test_both_loaders_give_all_images(args, monkeypatch):
     monkeypatch.setattr(bench.os, 'cpu_count', lambda: 1)
-    counts = []
+    monkeypatch.setattr(torch, 'get_num_threads', lambda: threads[-1])
+    monkeypatch.setattr(torch, 'set_num_threads', lambda number: threads.append(number))
+    counts, threads, used = [], [3], []
 
     def compare(ours, theirs, rounds):
+        used.append(torch.get_num_threads())
         sides = [getclosurevars(call).nonlocals['batches'] for call in (ours, theirs)]
         counts.append([sum(len(x) for x, _ in batches) for batches in sides])
         return [(0.5, 2.0)]
@@ -96,7 +121,8 @@ def test_both_loaders_give_all_images(args, monkeypatch):
     assert one.pairs == [(512.0, 128.0)]
     assert one.name == 'loader, 32 px: one core'
     assert jitter.name == 'loader, 32 px: one core, timm with its default colour jitter'
-    assert many.name.endswith('threads, timm with 1 workers')
+    assert many.name.endswith('3 threads, timm with 1 workers')
+    assert (used, threads[-1]) == ([1, 1, 3], 3)
 
 
 def test_muon_is_compared_only_where_train_sets_it_up_in_another_way(args, monkeypatch):
@@ -157,6 +183,26 @@ def test_train_runs_both_scripts(args, monkeypatch, tmp_path):
     script.write_text(SCRIPT + 'sys.exit("no room")')
     with pytest.raises(bench.Skipped, match='ended with status 1: no room'):
         list(bench.train(args))
+
+
+def test_train_counts_the_images_of_the_later_epochs(args, monkeypatch, tmp_path):
+    commands = []
+
+    def output(command):
+        commands.append(command)
+        ours = '--task' in command
+        ends = {9.0: 'epoch 1/3: loss 1', 12.0: 'epoch 2/3: loss 1', 13.0: 'epoch 3/3: loss 1', 14.0: 'the end'}
+        return list((ends if ours else dict.fromkeys((4.0, 9.0, 14.0), 'Current checkpoints:')).items())
+    monkeypatch.setattr(bench, 'output', output)
+    (tmp_path / 'cifar-10-batches-py').mkdir()
+    args.data_dir, args.timm_train = tmp_path, tmp_path / 'timm_train.py'
+    speed, = bench.train(args)
+    assert speed.pairs == [(2 * 30_000 / 4, 2 * 60_000 / 10)]  # 25,000 + 5,000 an epoch in 2 s, 50,000 + 10,000 in 5
+    ours, theirs = commands
+    assert (ours[1], theirs[1]) == (str(bench.TRAIN), str(args.timm_train))
+    assert ours[ours.index('--train-images') + 1] == '25000'
+    common = ours.index('--data-dir')
+    assert theirs[theirs.index('--data-dir'):-1] == ours[common:-1]  # but for the name of the experiment
 
 
 def test_startup_kills_both_scripts_at_their_first_batch(args, monkeypatch, tmp_path):

@@ -4,11 +4,13 @@ import json
 from dataclasses import replace
 
 import pytest
+import timm
 import torch
 from small_models import animals, build_trained
 
 from timm_emoreg.answers import answer
 from timm_emoreg.data import DataError, ImageSet, Target, load_target
+from timm_emoreg.data.controls import ROTATIONS
 from timm_emoreg.diagnose import affect_quality, diagnose, growth, main, similarity, with_constant_state
 
 
@@ -85,12 +87,34 @@ def test_similarity_is_the_mean_cosine_of_different_images(experience):
     stream = model.backbone if experience == 'shared' else model.backbone_emo
     mean, std = (torch.tensor(model.pretrained_cfg[k])[:, None, None] for k in ('mean', 'std'))
     x = (torch.from_numpy(shown.images).permute(0, 3, 1, 2) / 255 - mean) / std
+    forward_head = stream.forward_head
     with torch.no_grad():
-        h = stream.forward_head(stream.forward_features(x), pre_logits=True)
-    pairs = [torch.cosine_similarity(h[i], h[j], dim=0) for i in range(5) for j in range(5) if i != j]
-    assert similarity(model, shown, (32, 32), 'cpu') == pytest.approx(torch.stack(pairs).mean().item(), abs=1e-4)
+        h = forward_head(stream.forward_features(x), pre_logits=True)
+        middle = 0.99 * h.mean(dim=0)  # without it, features that are all positive are all alike
+        h -= middle
+    stream.forward_head = lambda features, pre_logits: forward_head(features, pre_logits=pre_logits) - middle
+    pairs = torch.stack([torch.cosine_similarity(h[i], h[j], dim=0) for i in range(5) for j in range(5) if i != j])
+    assert pairs.mean() < 0.9
+    model.train()  # it is looked at as it answers, not as it learns
+    assert similarity(model, shown, (32, 32), 'cpu') == pytest.approx(pairs.mean().item(), abs=1e-4)
     with pytest.raises(DataError, match='There is 1 image to look at, and how alike features of different'):
         similarity(model, shown.subset([0]), (32, 32), 'cpu')
+
+
+def test_the_untrained_model_is_that_of_seed_0():
+    shown, found = animals(), []
+    for seed in (1, 2):
+        trained = build_trained()
+        before = {k: v.clone() for k, v in trained.model.state_dict().items()}
+        torch.manual_seed(seed)
+        found.append(diagnose(trained, before, stimuli_like(trained), shown)['similarity']['untrained'])
+    torch.manual_seed(0)
+    model = timm.create_model('emoreg', backbone='test_resnet', num_classes=4, num_affect=3, affect_kind='emotion')
+    expected = similarity(model.eval(), shown, (32, 32), 'cpu')
+    assert found == [expected] * 2
+    torch.manual_seed(1)
+    other = timm.create_model('emoreg', backbone='test_resnet', num_classes=4, num_affect=3, affect_kind='emotion')
+    assert similarity(other, shown, (32, 32), 'cpu') != expected  # or this test could not fail
 
 
 def test_features_that_are_all_zero_are_like_no_others():
@@ -210,6 +234,8 @@ def test_the_command_leaves_the_test_parts_unseen(trained_run, colours, capsys, 
     monkeypatch.setattr('timm_emoreg.diagnose.diagnose', lambda *args: seen.extend(args[2:4]) or {})
     assert main([str(trained_run), '--experience', str(trained_run), '--stimuli', str(colours), '--dataset',
                  str(colours)]) == 0
+    assert main([str(trained_run), '--stimuli-labels', 'rotation']) == 0
     unseen = load_target(str(colours)).test.images
-    assert [images.images for images in seen] == [load_target(str(colours)).validation.images] * 2
+    assert [images.images for images in seen] == [load_target(str(colours)).validation.images] * 4
     assert not {*unseen} & {*seen[0].images}
+    assert seen[2].target.names == ROTATIONS

@@ -37,7 +37,7 @@ def run(tmp_path, tiny):
     """Writes what train.py leaves of a stage, with a model that was never trained."""
     def write(task='affect', seed=0, validation=0.5, test=0.4, model='emoreg_resnet18', more=(),
               change=lambda state: None, experience=None, folder=None, names=('valence',), kind='ratings', noted=(),
-              recipe=None):
+              recipe=None, seconds=2.0):
         folder = folder or tmp_path / f'{task}-{model}-{seed}'
         command = ['--model', model, '--task', task, '--seed', str(seed), '--output', str(tmp_path), *more]
         command += ['--experience', str(experience)] if experience else []
@@ -50,7 +50,7 @@ def run(tmp_path, tiny):
         metric = 'top1' if task != 'affect' else 'ccc'
         (out / 'result.json').write_text(json.dumps({
             'task': task, 'model': model, 'form': 'small', 'img_size': 32, 'data': 'emoji', 'metric': metric,
-            'validation': validation, 'seed': seed, 'seconds': 2.0, 'experience': experience and str(experience),
+            'validation': validation, 'seed': seed, 'seconds': seconds, 'experience': experience and str(experience),
             'test': {'loss': 1.0, metric: test, f'{metric}_valence': test, 'rmse': 0.7},
             **({'recipe': recipe, 'loader': 'resident', 'precision': 'float32'} if recipe else {})}))
         if task != 'plain':

@@ -126,6 +126,8 @@ def test_a_card_says_what_the_weight_is_below(make_record):
     ('python train.py --epochs 15', 'The best epoch was chosen on validation data by CCC')])
 def test_a_card_says_how_the_epoch_was_chosen(make_record, recipe, words):
     assert words in make_card(replace(make_record(), recipe=recipe))
+    if '--affect-epochs' in recipe:  # which are not those of stage 2
+        assert 'The last epoch was taken' in make_card(make_record(target='cifar10', recipe=recipe))
 
 
 def test_a_card_says_which_seed_is_released(make_record):

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import loopback_hub
 import pytest
@@ -19,7 +20,7 @@ from timm_emoreg.hub.card_lint import run_snippets
 from timm_emoreg.hub.command import check, main, publish
 from timm_emoreg.hub.finished_runs import ROOT, HubError
 from timm_emoreg.hub.release import build
-from timm_emoreg.zoo import HUB_FILE, read_records
+from timm_emoreg.zoo import HUB_FILE, read_records, write_records
 
 # -- check -------------------------------------------------------------------------------------------------------------
 
@@ -63,6 +64,18 @@ def test_check_finds_a_wrong_record(built, home, changes, words):
 def test_check_weighs_the_files(built, home, monkeypatch):
     monkeypatch.setattr('timm_emoreg.hub.command.WAITING_LIMIT', built.size - 1)
     assert 'bytes are too many for a waiting file' in '\n'.join(check(NAME, home, run=False))
+
+
+def test_check_weighs_all_embedded_files_together(built, home, make_record, monkeypatch):
+    records = home / 'timm_emoreg/assets/weights.json'
+    others = [make_record(architecture='emoreg_vit_tiny', embedded=True, size=7),
+              make_record(architecture='emoreg_resnet50', size=100)]  # the one that waits takes no room of the package
+    write_records({weight.name: weight for weight in (replace(built, embedded=True), *others)}, records)
+    words = f'{built.size + 7:,} bytes are too many embedded, at most {built.size + 6:,}'
+    monkeypatch.setattr('timm_emoreg.hub.command.EMBEDDED_LIMIT', built.size + 6)
+    assert words in check(NAME, home, run=False)
+    monkeypatch.setattr('timm_emoreg.hub.command.EMBEDDED_LIMIT', built.size + 7)
+    assert 'too many' not in '\n'.join(check(NAME, home, run=False))
 
 
 def test_check_runs_the_snippets(built, home, monkeypatch):

@@ -6,6 +6,7 @@ import shlex
 import shutil
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -29,20 +30,22 @@ from timm_emoreg.hub.release import build
 from timm_emoreg.zoo import HUB_FILE, read_records, write_records
 
 X = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+FIXED = torch.randn(32, 3, 32, 32, generator=torch.Generator().manual_seed(0))  # by which a precision is judged
 
 
 # -- build -------------------------------------------------------------------------------------------------------------
 
 
 def test_build_releases_the_best_of_the_seeds(run, home):
-    results = [run(seed=3, validation=0.5, test=0.60), run(seed=4, validation=0.7, test=0.40).parent]
+    results = [run(seed=3, validation=0.5, test=0.60, seconds=1.0),
+               run(seed=4, validation=0.7, test=0.40, seconds=4.0).parent]
     weight = build(NAME, results, home=home, commit=COMMIT)
     assert weight.seeds == (4, 3)
     assert weight.metrics['ccc'] == {'weight': 0.4, 'n': 2, 'mean': 0.5, 'sd': 0.1414}
     assert set(weight.metrics) == {'ccc', 'rmse'}  # the only dimension is not told twice
     assert weight.baseline == {}
     assert (weight.licence, weight.stimuli_labels, weight.commit) == ('cc-by-sa-4.0', 'valence', COMMIT)
-    assert weight.logit_difference > 0
+    assert weight.seconds == 2.5  # of a run
     assert read_records(home / 'timm_emoreg/assets/weights.json') == {NAME: weight}
     folder = home / 'hub_cards' / NAME
     assert sorted(p.name for p in folder.iterdir()) == ['README.md', 'config.json', HUB_FILE]
@@ -55,6 +58,11 @@ def test_build_releases_the_best_of_the_seeds(run, home):
     net.eval().load_state_dict(loaded)
     with torch.no_grad():
         assert torch.equal(model.forward_affect(X), net.forward_affect(X))
+        rounded = net.forward_affect(FIXED)
+        net.load_state_dict(state)
+        moved = (net.forward_affect(FIXED) - rounded).abs()
+    assert weight.logit_difference == pytest.approx(moved.max().item(), rel=0.01)  # the card says 'at most'
+    assert moved.max() > 1.1 * moved.mean()
     assert check(NAME, home) == []
 
 
@@ -97,8 +105,32 @@ def test_build_of_stage_2_with_its_baseline(run, home):
     assert '| accuracy | 60.0 % | 60.5 ± 0.7 % (n = 2) | 51.0 ± 1.0 % (n = 3) |' in card
 
 
-def test_build_in_8_bits_measures_what_they_cost(run, stage_2, home, capsys):
+def test_build_in_8_bits_measures_what_they_cost(stage_2, home, capsys, monkeypatch):
     result = stage_2()
+    checkpoint = result.with_name('model_best.pth.tar')
+    whole = torch.load(checkpoint)
+    state = whole['state_dict']
+    splits = load_target('emoji')
+    few = splits.test.subset(range(0, len(splits.test), 12))
+    net = EmoReg('test_resnet', num_classes=9, num_affect=1, affect_kind='ratings', small_image=True, img_size=32)
+
+    def answers_of(model):
+        loader = make_loader(few, (32, 32), 64, resolve_model_data_config(net))
+        with torch.no_grad():
+            return torch.cat([model.eval()(x) for x, _ in loader])
+
+    for head in ('head', 'head_emo'):  # one large weight leaves few steps to the others, and so answers change
+        state[f'{head}.weight'][:, 0] = 3
+    net.load_state_dict(state)
+    for head in ('head', 'head_emo'):  # untrained, it answers all images alike
+        state[f'{head}.bias'] -= answers_of(net).mean(dim=0)
+    torch.save(whole, checkpoint)
+    net.load_state_dict(state)
+    # right is what the checkpoint answers, but for every fifth image: the 8 bits cost what they change
+    given = [answers_of(net).argmax(dim=1)]
+    few.targets = torch.where(torch.arange(len(few)) % 5 == 0, (given[0] + 1) % 9, given[0])
+    monkeypatch.setattr(release, 'load_target', lambda *_: replace(splits, test=few))
+
     command = ['build', STAGE_2, str(result), '--home', str(home), '--commit', COMMIT]
     assert main(command) == 0
     sixteen = capsys.readouterr().out
@@ -111,26 +143,34 @@ def test_build_in_8_bits_measures_what_they_cost(run, stage_2, home, capsys):
     assert 'as the file has it' in eight
     assert 'as the file has it' not in sixteen
     assert weight.precision == 'int8'
-    state = torch.load(result.with_name('model_best.pth.tar'))['state_dict']
     matrices = sum(t.numel() for name, t in state.items() if t.ndim > 1)
     assert weight.size == file.stat().st_size < matrices * 1.6  # 2 in 16 bits, the rest of so small a net is much
     # the cost, by the models that timm builds of the file and of the checkpoint
-    test = load_target('emoji').test
-    images = [timm.create_model(f'local-dir:{file.parent}', pretrained=True), EmoReg(
-        'test_resnet', num_classes=9, num_affect=1, affect_kind='ratings', small_image=True, img_size=32)]
-    images[1].load_state_dict(state)
-    loader = make_loader(test, (32, 32), 64, resolve_model_data_config(images[0]))
-    with torch.no_grad():
-        given = [torch.cat([model.eval()(x).argmax(dim=1) for x, _ in loader]) for model in images]
-    accuracy = [round(100 * (answers == test.targets).double().mean().item(), 2) for answers in given]
-    assert weight.eight_bits == {'images': len(test), 'float32': accuracy[1], 'int8': accuracy[0],
+    built = timm.create_model(f'local-dir:{file.parent}', pretrained=True)
+    given.append(answers_of(built).argmax(dim=1))
+    accuracy = [round(100 * (answers == few.targets).double().mean().item(), 2) for answers in given]
+    assert accuracy[0] > accuracy[1]  # or this test could not tell them apart
+    assert weight.eight_bits == {'images': len(few), 'float32': accuracy[0], 'int8': accuracy[1],
                                  'changed': int((given[0] != given[1]).sum())}
+    with torch.no_grad():
+        moved = (net.eval()(FIXED) - built(FIXED)).abs().max().item()
+    assert weight.logit_difference == pytest.approx(moved, rel=0.01)
     assert check(STAGE_2, home) == []
     card = (file.parent / 'README.md').read_text()
-    assert (f'answers {accuracy[1]:.2f} % of the {len(test):,} test images correctly before it was rounded to 8 bits '
-            f'and {accuracy[0]:.2f} % as the file has it') in card
+    assert (f'answers {accuracy[0]:.2f} % of the {len(few):,} test images correctly before it was rounded to 8 bits '
+            f'and {accuracy[1]:.2f} % as the file has it') in card
     assert 'the test part was looked at once, and again for what the 8 bits cost' in card
     assert 'safetensors, int8 with a scale per output channel: moves outputs' in card
+
+
+def test_a_model_that_timm_builds_otherwise_is_not_released(stage_2, home, monkeypatch):
+    text = release.config_text
+    monkeypatch.setattr(release, 'config_text', lambda weight: text(
+        replace(weight, model_args={**weight.model_args, 'balance': 0.9})))
+    with pytest.raises(HubError, match=f'{STAGE_2}: the model that timm builds from the folder answers differently'):
+        build(STAGE_2, [stage_2()], home=home, commit=COMMIT)
+    assert list(read_records(home / 'timm_emoreg/assets/weights.json')) == [NAME]
+    assert not (home / 'hub_cards' / STAGE_2).exists()
 
 
 def test_stage_1_stays_in_16_bits(run, home):
@@ -227,6 +267,12 @@ def test_build_refuses_another_baseline(run, stage_2, home, other, words):
     args.write_text(json.dumps(older))
     with pytest.raises(HubError, match=words):
         build(STAGE_2, [result], [run(**{'task': 'plain', **other})], home=home)
+
+
+def test_a_seed_of_the_baseline_counts_once(run, stage_2, home):
+    plain = run('plain')
+    with pytest.raises(HubError, match=r'Two of the runs have the same seed \(\[0, 0\]\)'):
+        build(STAGE_2, [stage_2()], [plain, plain], home=home)
 
 
 def test_a_baseline_may_differ_in_what_it_does_not_have(run, stage_2, home):

@@ -17,8 +17,8 @@ from PIL import Image
 from timm.models import save_for_hf
 
 import timm_emoreg  # noqa: F401  registers the models
-from timm_emoreg.answers import answer, describe_set
-from timm_emoreg.data import ImageSet, Target
+from timm_emoreg.answers import answer, changed_answers, describe_set
+from timm_emoreg.data import ImageSet, Target, load_target
 from timm_emoreg.drawing import short
 from timm_emoreg.look.command import main
 from timm_emoreg.look.image_picture import draw_images
@@ -93,7 +93,10 @@ def test_images_are_drawn(tmp_path, figures, names, kind, classes):
     draw_images(trained, ['one.png', 'a very long $ name of an image file.png'], [shown.picture(i) for i in range(2)],
                 answers, slopes, path)
     texts = check_picture(path, figures[0])
-    assert len(figures[0].axes) == 3 * (5 if classes else 3)  # a row of headings and two images
+    rows = np.reshape(figures[0].axes, (3, 5 if classes else 3))  # one of headings and two of images
+    for row, slope in zip(rows[1:], slopes, strict=True):
+        assert np.allclose(row[-1].images[1].get_array()[..., 3], 0.85 * slope.numpy())
+    assert not torch.allclose(*slopes, atol=0.1)
     if kind == 'emotion':
         assert {'neutral', f'{answers.state[0, 0]:.2f}'} <= texts
     else:
@@ -160,6 +163,12 @@ def test_a_set_is_drawn(tmp_path, figures, names, kind, classes, balance):
         changed = (answers.non_emotional.argmax(1) != answers.regulated.argmax(1)).sum()
         assert changed == 0 if balance == 0 else changed > 0
         assert f'y and z disagree: {changed} of 40' in texts
+        changes = changed_answers(answers.non_emotional, answers.regulated, shown.targets)
+        for kind, marks in (('repaired', '✗✓'), ('broken', '✓✗'), ('neither', '✗✗')):
+            for i in getattr(changes, kind)[:8].tolist():  # as many as there is room for
+                z, y, true = (short(CLASSES[c], 13) for c in (
+                    answers.non_emotional[i].argmax(), answers.regulated[i].argmax(), shown.targets[i]))
+                assert f'z {z} {marks[0]}\ny {y} {marks[1]}' + f'\nis {true}' * (kind == 'neither') in texts
         assert any(text.startswith(f'balance r, {"a gate" if balance == "gate" else trained.model.regulation.kind}')
                    for text in texts)
 
@@ -211,10 +220,14 @@ def classifier(tmp_path):
     return f'local-dir:{tmp_path}/model'
 
 
-def test_the_command_looks_at_a_set(tmp_path, classifier, capsys):
+def test_the_command_looks_at_a_set(tmp_path, classifier, capsys, monkeypatch):
+    seen = []
+    monkeypatch.setattr('timm_emoreg.look.command.answer', lambda trained, images, *more: (
+        seen.append(images.images) or answer(trained, images, *more)))
     flags = ['--dataset', str(tmp_path / 'set'), '--model', classifier, '-o', str(tmp_path / 'out.png')]
     assert main(flags) == 0
     whole = json.loads(capsys.readouterr().out)
+    assert seen == [load_target(str(tmp_path / 'set')).test.images]  # as many as those of validation, but others
     assert (whole['dataset'], whole['part'], whole['images']) == ('set', 'test', 8)
     assert set(whole['affective_state']) == {'dark', 'light'}
     assert main([*flags, '--limit', '2']) == 0  # of each class one: the parts are sorted by class
