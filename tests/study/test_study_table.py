@@ -107,7 +107,7 @@ def test_images_are_counted_seed_by_seed(tmp_path):
     assert found.pairs == ((0, 3, 1), (1, 1, 1))
     assert (found.won, found.lost) == (4, 2)
     assert found.mcnemar_p == pytest.approx(stats.binomtest(4, 6).pvalue)
-    assert '| plain | 3 | +10.00 [+10.00, +10.00] | n/a | n/a | 4 : 2 (2 seeds) | 0.688 |' in tables(tmp_path)
+    assert '| plain | 3 | +10.00 | n/a | n/a | 4 : 2 (2 seeds) | 0.688 |' in tables(tmp_path)
     row = next(row for row in read_rows(tmp_path / 'table.csv') if row['versus'] == 'plain')
     assert (row['won'], row['lost'], row['won_lost_by_seed']) == ('4', '2', '0:3/1 1:1/1')
 

@@ -125,6 +125,14 @@ class Table:
         return out
 
 
+def _check_separator(path: Path, text: str) -> None:
+    """Raise a `DataError` if the first line of a table has another separator in the place of commas."""
+    number, line = next(((i, line) for i, line in enumerate(text.splitlines(), start=1) if line.strip()), (1, ''))
+    if ',' not in line and (other := next((c for c in ';\t|' if c in line), None)):
+        raise DataError(f'{path}, line {number}: the columns are separated by {other!r}. Save the file with commas '
+                        'between them.')
+
+
 def read_table(path: Path) -> Table:
     """Read a comma-separated UTF-8 file (with or without byte-order mark) whose first line names the columns.
 
@@ -147,11 +155,6 @@ def read_table(path: Path) -> Table:
         raise DataError(f'{path}, line {line}: byte 0x{e.object[e.start]:02x} is not UTF-8. '
                         'Save the file with UTF-8 encoding.') from None
 
-    header = next((i for i, line in enumerate(text.splitlines(), start=1) if line.strip()), 0)
-    named = text.splitlines()[header - 1] if header else ''
-    if ',' not in named and (other := next((c for c in ';\t|' if c in named), None)):
-        raise DataError(f'{path}, line {header}: the columns are separated by {other!r}. Save the file with commas '
-                        'between them.')
     reader = csv.reader(io.StringIO(text, newline=''), strict=True)
     lines, rows = [], []
     start = 1
@@ -162,11 +165,14 @@ def read_table(path: Path) -> Table:
                 rows.append(tuple(field.strip() for field in fields))
             start = reader.line_num + 1
     except csv.Error as e:
+        _check_separator(path, text)
         raise DataError(f'{path}, line {start}: not comma-separated values ({e}). Correct the line.') from None
 
     if not rows:
         raise DataError(f'{path}: the table is empty. Its first line must name the columns.')
     columns = rows[0]
+    if len(columns) == 1:
+        _check_separator(path, text)
     for i, name in enumerate(columns):
         if name in columns[:i]:
             raise DataError(f'{path}, line {lines[0]}: columns {columns.index(name) + 1} and {i + 1} are both named '

@@ -4,6 +4,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable, Sequence
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -326,41 +327,36 @@ COLUMNS = ('model', 'stimuli', 'target', 'train_images', 'arm', 'versus', 'n', '
            'mcnemar_p', 'won_lost_by_seed')
 
 
+_ONE_MACHINE = 'Run the arms of a seed on one machine'
+# a column of the runs, what its values are called, what is wrong if they differ within a seed, and what to do
+_WAYS = (
+    ('precision', '', 'computed in different ways', f'{_ONE_MACHINE}, or give all of them --no-amp'),
+    ('attention', ' attention', 'computed in different ways', f'{_ONE_MACHINE}, or give all of them --no-amp'),
+    ('loader', ' loader', 'computed in different ways', f'{_ONE_MACHINE}, or give all of them --loader timm'),
+    ('device', '', 'made on different devices', _ONE_MACHINE),
+    ('commit', '', 'made at different commits', 'Make sure that nothing that these arms do has changed between them, '
+                                                'or run the arms of a seed at one'),
+)
+
+
 def _computed_otherwise(folder: Path, setting: Setting) -> list[str]:
-    """Warnings for paired runs that were computed with different precision, attention kernel or loader, in either
-    stage (on another processor, under load, or with too little memory), on another kind of device, or by another commit
-    of the code."""
+    """Warnings for paired runs that differ in precision, attention kernel or loader, in either stage (on another
+    processor, under load, or with too little memory), in the kind of device, or in the commit of the code."""
     seeds = {str(seed) for runs in setting.arms.values() for seed in runs}
     stages = {'': [row for runs in setting.arms.values() for row in runs.values()],
               ' in stage 1': [row for row in read_runs(folder, 'stage1.csv') if row['seed'] in seeds
                               and (row['model'], row['stimuli']) == (setting.model, setting.stimuli)]}
     warnings = []
-    for stage, rows in stages.items():
-        for name, unit in (('precision', ''), ('attention', ' attention'), ('loader', ' loader')):
-            found: dict[str, set[str]] = {}
-            for row in rows:
-                if value := row.get(name):  # older rows do not tell of each
-                    found.setdefault(row['seed'], set()).add(value + unit)
-            mixed = [seed for seed, ways in found.items() if len(ways) > 1]
-            if mixed:
-                kinds = ', '.join(sorted(set().union(*(found[seed] for seed in mixed))))
-                remedy = '--loader timm' if name == 'loader' else '--no-amp'
-                warnings.append(f'Not only the arm differs: the runs of seed {", ".join(mixed)} were computed in '
-                                f'different ways{stage} ({kinds}). Run the arms of a seed on one machine, or give all '
-                                f'of them {remedy}.\n')
-        for name, what, remedy in (
-                ('device', 'on different devices', 'Run the arms of a seed on one machine'),
-                ('commit', 'at different commits', 'Make sure that nothing that these arms do has changed between '
-                                                   'them, or run the arms of a seed at one')):
-            seen: dict[str, set[str]] = {}
-            for row in rows:
-                if row.get(name):
-                    seen.setdefault(row['seed'], set()).add(row[name])
-            mixed = [seed for seed, values in seen.items() if len(values) > 1]
-            if mixed:
-                values = ', '.join(sorted(set().union(*(seen[seed] for seed in mixed))))
-                warnings.append(f'Not only the arm differs: the runs of seed {", ".join(mixed)} were made '
-                                f'{what}{stage} ({values}). {remedy}.\n')
+    for (stage, rows), (name, unit, what, remedy) in product(stages.items(), _WAYS):
+        found: dict[str, set[str]] = {}
+        for row in rows:
+            if value := row.get(name):  # older rows do not tell of each
+                found.setdefault(row['seed'], set()).add(value + unit)
+        mixed = [seed for seed, values in found.items() if len(values) > 1]
+        if mixed:
+            values = ', '.join(sorted(set().union(*(found[seed] for seed in mixed))))
+            warnings.append(f'Not only the arm differs: the runs of seed {", ".join(mixed)} were {what}{stage} '
+                            f'({values}). {remedy}.\n')
     return warnings
 
 

@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 from timm.utils import ParseKwargs
 
-LARGEST = 3.4e38  # that torch's 32-bit numbers hold
-
 __all__ = ['NamedValues', 'above', 'at_least', 'compiler_backend', 'share', 'within']
+
+LARGEST = 3.4e38  # that torch's 32-bit numbers hold
 
 
 class NamedValues(ParseKwargs):
