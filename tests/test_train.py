@@ -137,19 +137,22 @@ def test_rehearsed_stimuli_are_drawn_apart_from_the_images(run, folder, train, m
 
 
 @pytest.mark.parametrize('task', ['emoreg', 'plain'])
-def test_stage_2_starts_from_a_share_of_stage_1(run, tmp_path, folder, train, monkeypatch, task):
+def test_stage_2_starts_from_a_share_of_stage_1(run, tmp_path, folder, train, watched, monkeypatch, task):
     assert run('--task', 'affect', '--stimuli', folder, '--epochs', 1, name='stage1')[0] == 0
     taught = train.load_training_checkpoint(tmp_path / 'stage1/affect/model_best.pth.tar')['state_dict']
     started = []
     build = train.build_model
     monkeypatch.setattr(train, 'build_model', lambda *a: started.append(build(*a)) or started[-1])
     monkeypatch.setattr(train, 'train_epoch', lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    said = watched('say')
     experience = ('--experience', tmp_path / 'stage1')
     untaught = ('--experience', 'none') if task == 'emoreg' else ()
     for flags in (untaught, (*experience, '--experience-share', 0.25)):
         with pytest.raises(KeyboardInterrupt):
             run(*flags, '--task', task, '--dataset', folder, '--epochs', 1, '--seed', 3)
         shutil.rmtree(tmp_path / 'run')
+    assert [call['text'].endswith('; 0.25 of its backbone') for call in said if 'affect response of' in call['text']
+            and 'stage1' in call['text']] == [True]
     fresh, own = (model.state_dict() for model in started)
     prefix = 'backbone.' if task == 'emoreg' else ''
     mixed = [k for k in own if f'backbone.{k.removeprefix(prefix)}' in taught and own[k].is_floating_point()]
