@@ -700,7 +700,7 @@ def test_a_batch_of_one_is_too_small_for_the_concordance(run, tmp_path):
 
 def test_stage_2_is_checked_before_stage_1_is_trained(run, tmp_path, folder):
     status, _, err = run('--dataset', folder, '--train-images', 30, '--stimuli', 'emoji', '-b', 32)
-    assert (status, '30 images to train on ' in err) == (2, True), err
+    assert (status, ' has 30 images to train on. Use at most as many.' in err) == (2, True), err
     assert os.listdir(tmp_path) == []
 
 
