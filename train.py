@@ -312,7 +312,8 @@ def checked_model(args, task: str, splits, experience: Experience | None, batch_
     check_takes(model, args.model, '--img-size', args.img_size, device)
     start = args.start_img_size
     if start is not None:
-        for size in sorted({start, *(size_of_epoch(epoch, epochs, start, args.img_size) for epoch in range(epochs))}):
+        sizes = {start, *(size_of_epoch(epoch, epochs, start, args.img_size) for epoch in range(epochs))}
+        for size in sorted(sizes - {args.img_size}):
             grown = '' if size == start else f' {start}, grown to'
             check_takes(model, args.model, f'--start-img-size{grown}', size, device)
     synced = args.sync_bn and args.distributed

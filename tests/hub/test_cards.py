@@ -137,7 +137,7 @@ def test_a_card_says_which_seed_is_released(make_record):
 
 @pytest.mark.parametrize(('value', 'text'), [
     (0.000417, '0.00042'), (0.00105, '0.0011'), (0.0061, '0.0061'), (0.006100001, '0.0062'), (0.0099999, '0.01'),
-        (2e-7, '2e-07')])
+    (2e-7, '2e-07')])
 def test_a_bound_is_rounded_up(value, text):
     assert rounded_up(value) == text
 
