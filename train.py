@@ -69,6 +69,7 @@ from timm_emoreg.training.checkpoint import (
     resume_saver,
 )
 from timm_emoreg.training.commit import project_commit
+from timm_emoreg.training.convolution import leave_out_padding
 from timm_emoreg.training.curves import draw_curves
 from timm_emoreg.training.experience import (
     Experience,
@@ -77,7 +78,13 @@ from timm_emoreg.training.experience import (
     released_experience,
     untrained_experience,
 )
-from timm_emoreg.training.optim import MUON, orthogonalize_in_float32, scale_affect_lr, usual_recipe
+from timm_emoreg.training.optim import (
+    MUON,
+    fused_where_possible,
+    orthogonalize_in_float32,
+    scale_affect_lr,
+    usual_recipe,
+)
 from timm_emoreg.training.peak_memory import peak_memory_gb
 from timm_emoreg.training.precision import autocast_in, choose_precision, emulates_bfloat16
 from timm_emoreg.training.processes import (
@@ -316,6 +323,8 @@ def checked_model(args, task: str, splits, experience: Experience | None, batch_
         for size in sorted(sizes - {args.img_size}):
             grown = '' if size == start else f' {start}, grown to'
             check_takes(model, args.model, f'--start-img-size{grown}', size, device)
+    if device.type == 'cpu':
+        leave_out_padding(model)
     synced = args.sync_bn and args.distributed
     if batch_size == 1 and not synced:
         check_takes_one(model, args.model, start or args.img_size, device)
@@ -387,11 +396,11 @@ def recipe_of(args, task: str, model) -> dict:
     return recipe | given | {'opt_kwargs': recipe['opt_kwargs'] | args.opt_kwargs}
 
 
-def optimizer_of(args, task: str, model, recipe: dict, epochs: int, updates: int):
+def optimizer_of(args, task: str, model, recipe: dict, epochs: int, updates: int, device):
     """Optimizer and scheduler, `updates` of them an epoch."""
-    lr = recipe['lr']
+    lr, opt_kwargs = recipe['lr'], fused_where_possible(recipe['opt'], device, recipe['opt_kwargs'])
     optimizer = create_optimizer_v2(model, opt=recipe['opt'], lr=lr, weight_decay=recipe['weight_decay'],
-                                    momentum=args.momentum, layer_decay=args.layer_decay, **recipe['opt_kwargs'])
+                                    momentum=args.momentum, layer_decay=args.layer_decay, **opt_kwargs)
     if task == 'emoreg' and args.affect_lr_scale != 1:
         scale_affect_lr(optimizer, unwrap_model(model), args.affect_lr_scale)
     scheduler, _ = create_scheduler_v2(
@@ -469,7 +478,7 @@ class Loop(NamedTuple):
 def loop_of(args, task_name: str, task, model, splits, recipe: dict, epochs: int, batches: int, precision: str, device,
             out: Path) -> Loop:
     updates = batches // args.grad_accum_steps
-    optimizer, scheduler = optimizer_of(args, task_name, model, recipe, epochs, updates)
+    optimizer, scheduler = optimizer_of(args, task_name, model, recipe, epochs, updates, device)
     if (device.type == 'cpu' and precision == 'float32') or emulates_bfloat16(device):
         orthogonalize_in_float32(optimizer)
     scaler = NativeScaler(device.type) if precision == 'float16' else None

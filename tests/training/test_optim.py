@@ -7,7 +7,13 @@ from timm.optim import create_optimizer_v2, muon
 from timm.scheduler import create_scheduler_v2
 
 import timm_emoreg  # noqa: F401  registers the models
-from timm_emoreg.training.optim import MUON, orthogonalize_in_float32, scale_affect_lr, usual_recipe
+from timm_emoreg.training.optim import (
+    MUON,
+    fused_where_possible,
+    orthogonalize_in_float32,
+    scale_affect_lr,
+    usual_recipe,
+)
 
 AFFECT = ('head_affect.', 'modulation.', 'regulation.')
 
@@ -127,3 +133,31 @@ def test_muon_orthogonalizes_in_float32_only_while_that_optimizer_steps(opt, mon
 def test_the_usual_recipe(name, task, opt, recipe):
     found = usual_recipe(timm.create_model(name), task, opt, 64)
     assert tuple(found[key] for key in ('opt', 'lr', 'weight_decay', 'opt_kwargs')) == recipe
+
+
+@pytest.mark.parametrize(('opt', 'device', 'given', 'fused'), [
+    ('sgd', 'cpu', {}, True), ('lookahead_adamw', 'cuda', {'betas': (0.9, 0.99)}, True), ('adam', 'cpu', {}, True),
+    ('sgd', 'cpu', {'foreach': True}, None), ('adamw', 'cpu', {'fused': False}, False),
+    ('adam', 'cpu', {'differentiable': True}, None), ('sgd', 'mps', {}, None), ('sgdw', 'cpu', {}, None),
+    ('muon', 'cpu', dict(MUON), None)])
+def test_where_one_pass_updates_all_parameters(opt, device, given, fused):
+    before = dict(given)
+    found = fused_where_possible(opt, torch.device(device), given)
+    assert found == before | ({} if fused is None else {'fused': fused})
+    assert given == before  # it is the recipe, which is shown
+
+
+@pytest.mark.parametrize('opt', ['sgd', 'adam', 'adamw'])
+def test_one_pass_over_all_parameters_gives_the_same_numbers(opt):
+    images, models = torch.randn(4, 3, 32, 32).double(), []
+    for fused in (False, True):
+        torch.manual_seed(0)
+        model = timm.create_model('test_resnet', num_classes=3).double()
+        models.append(model.to(memory_format=torch.channels_last))
+        optimizer = create_optimizer_v2(model, opt=opt, lr=0.01, weight_decay=0.01, momentum=0.9, fused=fused)
+        assert [group['fused'] for group in optimizer.param_groups] == [fused] * 2
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(images).square().sum().backward()
+            optimizer.step()
+    torch.testing.assert_close(*(model.state_dict() for model in models))

@@ -5,17 +5,21 @@ from functools import partial, wraps
 from typing import Any
 
 import torch
-from timm.optim import muon
+from timm.optim import get_optimizer_class, muon
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from ..emoreg import EmoReg
 
-__all__ = ['MUON', 'base_optimizer', 'orthogonalize_in_float32', 'scale_affect_lr', 'usual_recipe']
+__all__ = ['MUON', 'base_optimizer', 'fused_where_possible', 'orthogonalize_in_float32', 'scale_affect_lr',
+           'usual_recipe']
 
 # Three steps of Jordan's coefficients (github.com/KellerJordan/cifar10-airbench) take 3/5 of the time of timm's default
 # five, and were better on validation data in the one short run tried.
 MUON = {'ns_steps': 3, 'ns_coefficients': 'original', 'nesterov': True}
+
+
+_FUSIBLE = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)  # on CPUs as well as on GPUs
 
 
 def base_optimizer(opt: str) -> str:
@@ -47,6 +51,22 @@ def usual_recipe(model: torch.nn.Module, task: str, opt: str | None, batch_size:
     is_sgd = any(name in base for name in ('sgd', 'momentum', 'nesterov'))  # timm has a dozen names for its kinds
     lr, weight_decay = (0.1, 5e-4) if is_sgd else (1e-3, 0.05)
     return {'opt': opt, 'lr': lr * batch_size / 128, 'weight_decay': weight_decay, 'opt_kwargs': {}}
+
+
+def fused_where_possible(opt: str, device: torch.device, opt_kwargs: dict[str, Any]) -> dict[str, Any]:
+    """`opt_kwargs` with ``fused=True`` where torch can update all parameters in one pass and nothing else is asked for.
+
+    The numbers are the same up to rounding. On a CPU torch's default is a loop over the parameters, which took four
+    times as long for resnet18, an eighth of its whole training step on images of 32 px with the stock stem.
+
+    Args:
+        opt: timm's name of an optimizer.
+        device: Where the parameters are.
+        opt_kwargs: What it is created with; ``fused``, ``foreach`` and ``differentiable`` in it stay as they are.
+    """
+    asked = any(name in opt_kwargs for name in ('fused', 'foreach', 'differentiable'))  # they exclude one another
+    fusible = get_optimizer_class(base_optimizer(opt), bind_defaults=False) in _FUSIBLE
+    return opt_kwargs | ({'fused': True} if fusible and not asked and device.type in ('cpu', 'cuda') else {})
 
 
 def orthogonalize_in_float32(optimizer: Optimizer) -> None:
