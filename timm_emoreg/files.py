@@ -1,13 +1,19 @@
 """Writing files that appear as a whole or not at all, reading them back, and telling one from another."""
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
+import secrets
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 __all__ = ['DamagedError', 'read_json', 'replacing', 'sha256_of', 'write_text']
+
+
+LEFT_BEHIND = 3600  # seconds, more than any of these files takes: an older part is that of a killed writer
 
 
 class DamagedError(ValueError):
@@ -16,8 +22,15 @@ class DamagedError(ValueError):
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A file beside `path` to write to. It takes the place of `path` when the block has ended well, else it goes."""
-    part = path.with_name(path.name + '.part')
+    """A file beside `path` to write to. It takes the place of `path` when the block has ended well, else it goes.
+
+    Its name is the writer's own, so that none publishes what another one is half through with.
+    """
+    for left in path.parent.glob(f'{glob.escape(path.name)}.{"[0-9a-f]" * 8}.part'):
+        with suppress(OSError):  # its writer, or another one that tidies up, may be faster
+            if time.time() - left.stat().st_mtime > LEFT_BEHIND:
+                left.unlink()
+    part = path.with_name(f'{path.name}.{secrets.token_hex(4)}.part')
     try:
         yield part
         part.replace(path)
