@@ -48,7 +48,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from timm_emoreg.backbone import create_backbone
-from timm_emoreg.data import TARGETS, DataError, load_stimuli, load_target
+from timm_emoreg.data import TARGETS, DataError, check_stimuli, check_target, load_stimuli, load_target
 from timm_emoreg.data.controls import fewer_images, predict_rotation, shuffle_labels
 from timm_emoreg.data.duplicates import check_unseen
 from timm_emoreg.data.loader import choose_kind, make_loader
@@ -246,12 +246,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 # -- data and model ----------------------------------------------------------------------------------------------------
 
 
-def stimuli_of(args):
+def choice_of_stimuli(args) -> dict:
+    """Name and options of the stimuli, as `load_stimuli` takes them."""
     options = {'rating_columns': args.rating_columns, 'rating_scale': args.rating_scale} if args.rating_columns else {}
     rotation = args.stimuli_labels == 'rotation'
-    splits = load_stimuli(args.stimuli or 'emoji', args.data_dir, labels=None if rotation else args.stimuli_labels,
-                          **options)
-    if rotation:
+    return {'name': args.stimuli or 'emoji', 'labels': None if rotation else args.stimuli_labels, **options}
+
+
+def stimuli_of(args):
+    splits = load_stimuli(data_dir=args.data_dir, **choice_of_stimuli(args))
+    if args.stimuli_labels == 'rotation':
         splits = predict_rotation(splits, args.seed)
     splits.check_judges_ratings()
     return shuffle_labels(splits, args.seed) if args.shuffle_stimuli_labels else splits
@@ -743,23 +747,28 @@ def run(args) -> None:
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.benchmark = args.start_img_size is None
     folder = Path(args.output) / args.experiment
-    # the data first: what is missing there must not leave a folder behind
-    target = None if args.task == 'affect' else target_of(args)
     if args.task == 'emoreg' and not args.resume and not shapes_stage_1(args):
         args.experience = args.experience or released_experience(args.model, args.small_image, args.img_size)
     stage_1 = not args.experience and (args.task != 'plain' or args.stimuli is not None)
+    # before the data is read, which takes its time
+    if args.task != 'affect':
+        check_target(args.dataset)
+    if stage_1 or args.stimuli:
+        check_stimuli(**choice_of_stimuli(args))
+    experience = None
+    if args.experience and args.experience != 'none':
+        experience = find_experience(args.experience)
+        experience.check_form(args.backbone, args.small_image, args.model_kwargs)
+    # before a folder is made: what is missing in the data must not leave one behind
+    target = None if args.task == 'affect' else target_of(args)
     stimuli = stimuli_of(args) if stage_1 or args.stimuli else None
     if stimuli is not None and target is not None:
         check_unseen(stimuli, target)
-    experience = None
     if args.experience == 'none':  # the affect response of stage 1 on these stimuli, untrained
         if args.task == 'emoreg':
             experience = untrained_experience(stimuli.target if stimuli else None)
-    elif args.experience:
-        experience = find_experience(args.experience)
-        experience.check_form(args.backbone, args.small_image, args.model_kwargs)
-        if stimuli is not None:
-            experience.check_stimuli(stimuli)
+    elif experience is not None and stimuli is not None:
+        experience.check_stimuli(stimuli)
     rehearsed = stimuli if args.task == 'emoreg' and args.rehearsal else None
     # of both stages, before the first one is trained
     if stage_1:

@@ -678,17 +678,27 @@ def test_what_is_found_too_late_for_the_command_line_leaves_nothing(run, tmp_pat
 
 
 def test_missing_data_is_named_and_leaves_nothing(run, tmp_path):
-    status, _, err = run('--dataset', 'oasis', '--data-dir', tmp_path / 'nothing', '--experience', 'x')
+    status, _, err = run('--dataset', 'oasis', '--data-dir', tmp_path / 'nothing', '--experience', 'none')
     assert status == 2
     assert '--data-dir' in err
     assert str(tmp_path / 'nothing') in err
     assert os.listdir(tmp_path) == []
 
 
-def test_an_experience_that_is_none_is_named_and_leaves_nothing(run, tmp_path, folder):
-    status, _, err = run('--dataset', folder, '--experience', 'emoreg_resnet18.joy')
-    assert status == 2
-    assert '--experience emoreg_resnet18.joy: neither a file, nor a folder, nor a released weight' in err
+@pytest.mark.parametrize(('flags', 'message'), [
+    (('--experience', 'emoreg_resnet18.joy'),
+     '--experience emoreg_resnet18.joy: neither a file, nor a folder, nor a released weight'),
+    (('--experience', 'emoreg_resnet18.emoji'), 'emoreg_resnet18.emoji: is of the backbone resnet18, and this run has'),
+    (('--stimuli', 'cifar10'), 'cifar10: has no affective labels. It can be a classification target; stimuli are '),
+    (('--stimuli', 'emoji+ferplus'), 'labels of different kinds (emoji: ratings; ferplus: class). Show together '),
+    (('--stimuli-labels', 'majority'), "emoji: labels 'majority' is unknown"),
+    (('--dataset', 'ferplus'), 'ferplus: has affective labels only. It can be stimuli; classification targets are '),
+])
+def test_what_needs_no_data_is_found_before_it_is_read(run, train, tmp_path, monkeypatch, flags, message):
+    for name in ('load_stimuli', 'load_target'):
+        monkeypatch.setattr(train, name, lambda *_, **__: pytest.fail('data was read'))
+    status, _, err = run(*flags)
+    assert (status, message in err) == (2, True), err
     assert os.listdir(tmp_path) == []
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from timm_emoreg.data import DataError, ImageSet, Splits, Target, load_stimuli, stimuli_parts
+from timm_emoreg.data import DataError, ImageSet, Splits, Target, check_stimuli, load_stimuli, stimuli_parts
 from timm_emoreg.data.controls import predict_rotation, shuffle_labels
 from timm_emoreg.data.loader import make_loader
 from timm_emoreg.data.together import show_together
@@ -138,7 +138,16 @@ def test_an_existing_path_with_a_plus_is_one_set(tmp_path):
     ('emoji+oasys', {}, r"stimuli 'oasys' is unknown\..* Did you mean 'oasis'\?"),
     ('emoji+oasis', {'labels': 'category'}, r"emoji\+oasis: the labels 'category' cannot be chosen for several sets"),
     ('emoji+oasis', {'rating_columns': ['v']}, r'emoji\+oasis: rating_columns and rating_scale belong to a csv file'),
+    ('nemo+oasis', {}, r'labels of different kinds \(nemo: class; oasis: ratings\)\. Show together emotions with emot'),
 ])
 def test_several_sets_that_do_not_fit_are_refused(name, options, message):
     with pytest.raises(DataError, match=message):
         load_stimuli(name, **options)
+
+
+def test_sets_of_one_kind_are_not_refused_by_their_names(tmp_path):
+    table = tmp_path / 'r.csv'
+    table.touch()
+    for name in ('emoji+oasis', 'ferplus+nemo', f'ferplus+{tmp_path}'):
+        check_stimuli(name)
+    check_stimuli(f'oasis+{table}', rating_columns=['valence'], rating_scale=(0, 4))

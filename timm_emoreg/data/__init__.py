@@ -10,7 +10,7 @@ from .folders import default_data_dir
 from .sets import DataError, ImageSet, Splits, Target
 
 __all__ = ['CONTENT_LABELS', 'STIMULI', 'TARGETS', 'DataError', 'ImageSet', 'Splits', 'Target', 'absolute',
-           'default_data_dir', 'load_stimuli', 'load_target', 'stimuli_parts']
+           'check_stimuli', 'check_target', 'default_data_dir', 'load_stimuli', 'load_target', 'stimuli_parts']
 
 # the first label of each set is its default
 STIMULI = {
@@ -19,6 +19,7 @@ STIMULI = {
     'oasis': ('ratings', 'category'),
     'nemo': ('emotion', 'speaker'),
 }
+RATED = ('emoji', 'oasis')  # those of STIMULI whose default labels are ratings; the others' are classes
 CONTENT_LABELS = {'emoji': 'group', 'oasis': 'category', 'nemo': 'speaker'}  # those of STIMULI that are no emotions
 TARGETS = ('cifar10', 'cifar100', 'emoji', 'oasis')
 
@@ -59,20 +60,55 @@ def stimuli_parts(name: str) -> tuple[str, ...]:
     return tuple(parts)
 
 
-def _load_several(name: str, parts: tuple[str, ...], data_dir: str | Path | None, labels: str | None,
-                  rating_columns: Sequence[str] | None, rating_scale: tuple[float, float] | None) -> Splits:
+def _is_table(part: str) -> bool:
+    return os.path.isfile(os.path.expanduser(part))
+
+
+def _check_several(name: str, parts: tuple[str, ...], labels: str | None, rating_columns: Sequence[str] | None,
+                   rating_scale: tuple[float, float] | None) -> None:
     if len(set(parts)) < len(parts):
         raise DataError(f'{name}: a set is named twice. Name each once.')
     if labels is not None:
         raise DataError(f'{name}: the labels {labels!r} cannot be chosen for several sets, which are shown with their '
                         'usual ones. Leave the choice out.')
-    tables = [os.path.isfile(os.path.expanduser(part)) for part in parts]
-    if not any(tables) and (rating_columns is not None or rating_scale is not None):
+    if not any(map(_is_table, parts)) and (rating_columns is not None or rating_scale is not None):
         raise DataError(f'{name}: rating_columns and rating_scale belong to a csv file. Leave them out.')
-    from .together import show_together
     options = {'rating_columns': rating_columns, 'rating_scale': rating_scale}
-    return show_together([load_stimuli(part, data_dir, **(options if table else {}))
-                          for part, table in zip(parts, tables, strict=True)])
+    for part in parts:
+        check_stimuli(part, **(options if _is_table(part) else {}))
+    kinds = {part: 'ratings' if part in RATED or _is_table(part) else 'class' for part in parts}
+    if len(set(kinds.values())) > 1:
+        from .together import different_kinds
+        raise different_kinds('; '.join(f'{part}: {kind}' for part, kind in kinds.items()))
+
+
+def check_stimuli(name: str, labels: str | None = None, *, rating_columns: Sequence[str] | None = None,
+                  rating_scale: tuple[float, float] | None = None) -> None:
+    """Refuse what `load_stimuli` cannot take, without reading any data; the arguments are those.
+
+    Raises:
+        DataError: If the name, the labels or an option do not fit.
+    """
+    parts = stimuli_parts(name)
+    if len(parts) > 1:
+        _check_several(name, parts, labels, rating_columns, rating_scale)
+        return
+    if name in STIMULI:
+        if labels is not None and labels not in STIMULI[name]:
+            raise unknown_choice(name, 'labels', labels, STIMULI[name])
+    else:
+        path = _own_path(name, 'stimuli', list(STIMULI), 'a folder with a subfolder per emotion, or of a csv file')
+        if labels is not None:
+            raise DataError(f'{name}: the labels {labels!r} cannot be chosen for own data, '
+                            'which has one kind of labels. Leave the choice out.')
+        if path.is_file():
+            if rating_columns is None or rating_scale is None:
+                raise DataError(f'{name}: a csv needs rating_columns (--rating-columns), the names of its columns with '
+                                'ratings, and rating_scale (--rating-scale), their lowest and highest number. Give '
+                                'both.')
+            return
+    if rating_columns is not None or rating_scale is not None:
+        raise DataError(f'{name}: rating_columns and rating_scale belong to a csv file. Leave them out.')
 
 
 def load_stimuli(name: str, data_dir: str | Path | None = None, labels: str | None = None, *,
@@ -91,28 +127,17 @@ def load_stimuli(name: str, data_dir: str | Path | None = None, labels: str | No
     Raises:
         DataError: If the name, the labels or an option do not fit, or the data cannot be used.
     """
+    options = {'rating_columns': rating_columns, 'rating_scale': rating_scale}
+    check_stimuli(name, labels, **options)
     parts = stimuli_parts(name)
     if len(parts) > 1:
-        return _load_several(name, parts, data_dir, labels, rating_columns, rating_scale)
-    if name in STIMULI:
-        if labels is None:
-            labels = STIMULI[name][0]
-        elif labels not in STIMULI[name]:
-            raise unknown_choice(name, 'labels', labels, STIMULI[name])
-    else:
-        path = _own_path(name, 'stimuli', list(STIMULI), 'a folder with a subfolder per emotion, or of a csv file')
-        if labels is not None:
-            raise DataError(f'{name}: the labels {labels!r} cannot be chosen for own data, '
-                            'which has one kind of labels. Leave the choice out.')
-        if path.is_file():
-            if rating_columns is None or rating_scale is None:
-                raise DataError(f'{name}: a csv needs rating_columns (--rating-columns), the names of its columns with '
-                                'ratings, and rating_scale (--rating-scale), their lowest and highest number. Give '
-                                'both.')
-            from .own import load_csv
-            return load_csv(path, rating_columns, rating_scale)
-    if rating_columns is not None or rating_scale is not None:
-        raise DataError(f'{name}: rating_columns and rating_scale belong to a csv file. Leave them out.')
+        from .together import show_together
+        return show_together([load_stimuli(part, data_dir, **(options if _is_table(part) else {})) for part in parts])
+    if name not in STIMULI:
+        from .own import load_csv, load_folder
+        path = Path(os.path.expanduser(name))
+        return load_csv(path, rating_columns, rating_scale) if path.is_file() else load_folder(path)
+    labels = labels or STIMULI[name][0]
     if name == 'emoji':
         from .emoji import load_emoji_stimuli
         return load_emoji_stimuli(labels=labels)
@@ -122,11 +147,19 @@ def load_stimuli(name: str, data_dir: str | Path | None = None, labels: str | No
     if name == 'oasis':
         from .oasis import load_oasis
         return load_oasis(data_dir, labels)
-    if name == 'nemo':
-        from .nemo import load_nemo
-        return load_nemo(data_dir, labels)
-    from .own import load_folder
-    return load_folder(path)
+    from .nemo import load_nemo
+    return load_nemo(data_dir, labels)
+
+
+def check_target(name: str) -> None:
+    """Refuse what `load_target` cannot take, without reading any data.
+
+    Raises:
+        DataError: If the name is unknown, or that of a file.
+    """
+    if name not in TARGETS and _own_path(name, 'data set', TARGETS, 'a folder with a subfolder per class').is_file():
+        raise DataError(f'{name}: a file is not a classification target. '
+                        'Give the path of a folder with a subfolder per class.')
 
 
 def load_target(name: str, data_dir: str | Path | None = None) -> Splits:
@@ -140,6 +173,7 @@ def load_target(name: str, data_dir: str | Path | None = None) -> Splits:
     Raises:
         DataError: If the name is unknown, or the data cannot be used.
     """
+    check_target(name)
     if name in ('cifar10', 'cifar100'):
         from .cifar import load_cifar
         return load_cifar(name, data_dir)
@@ -149,9 +183,5 @@ def load_target(name: str, data_dir: str | Path | None = None) -> Splits:
     if name == 'oasis':
         from .oasis import load_oasis
         return load_oasis(data_dir, 'category')
-    path = _own_path(name, 'data set', TARGETS, 'a folder with a subfolder per class')
-    if path.is_file():
-        raise DataError(f'{name}: a file is not a classification target. '
-                        'Give the path of a folder with a subfolder per class.')
     from .own import load_folder
-    return load_folder(path)
+    return load_folder(Path(os.path.expanduser(name)))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .sets import DataError, ImageSet, Splits, Target
 
-__all__ = ['show_together']
+__all__ = ['different_kinds', 'show_together']
 
 _logger = logging.getLogger(__name__)
 
@@ -24,14 +24,19 @@ def _emotion(name: str) -> str:
     return _SAME_EMOTION.get(name.lower(), name.lower())
 
 
+def different_kinds(labels: str) -> DataError:
+    """The error to raise for sets that cannot be shown together, whose labels are these."""
+    return DataError(f'One affect response cannot answer labels of different kinds ({labels}). Show together '
+                     'emotions with emotions (ferplus, nemo, folders) or ratings with ratings (emoji, oasis, csv).')
+
+
 def _common_target(sets: Sequence[Splits]) -> Target:
     kinds = {one.target.kind for one in sets}
     labels = '; '.join(f'{one.name}: {one.target.kind}: {", ".join(one.target.names)}' for one in sets)
     if kinds == {'class'}:
         return Target('class', tuple(dict.fromkeys(_emotion(name) for one in sets for name in one.target.names)))
     if kinds != {'ratings'}:
-        raise DataError(f'One affect response cannot answer labels of different kinds ({labels}). Show together '
-                        'emotions with emotions (ferplus, nemo, folders) or ratings with ratings (emoji, oasis, csv).')
+        raise different_kinds(labels)
     first, *others = (one.target.names for one in sets)
     common = tuple(name for name in first if all(name in names for names in others))
     if not common:
