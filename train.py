@@ -109,6 +109,7 @@ from timm_emoreg.training.settings import (
     SettingsError,
     backbone_args,
     batch_of_a_step,
+    check_batch,
     complete_settings,
     emoreg_args,
     shapes_stage_1,
@@ -751,6 +752,7 @@ def run(args) -> None:
         args.experience = args.experience or released_experience(args.model, args.small_image, args.img_size)
     stage_1 = not args.experience and (args.task != 'plain' or args.stimuli is not None)
     # before the data is read, which takes its time
+    check_batch(args, args.task)
     if args.task != 'affect':
         check_target(args.dataset)
     if stage_1 or args.stimuli:

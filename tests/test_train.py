@@ -658,12 +658,9 @@ def test_an_experiment_may_be_called_anything(run, tmp_path, folder):
     (('--model-kwargs', 'output_stride=7', '--task', 'plain'), 'cannot be built so: AssertionError. Change'),
     (('--experience', 'emoreg_resnet18.emoji', '--task', 'plain'),
      'emoreg_resnet18.emoji: is of the backbone resnet18, and this run has test_resnet. Use the same --model'),
-    (('-b', 4, '--grad-accum-steps', 8, '--task', 'plain'), '--batch-size 4: 1 processes with 8 accumulation steps'),
     (('--grad-accum-steps', 50, '-b', 64, '--task', 'plain'), '--grad-accum-steps 50: an epoch of '),
     (('-b', 4000), ' has 48 images to train on. Use at most as many.'),
     (('--device', 'meta'), '--device meta: torch cannot compute there ('),
-    (('-b', 5, '--mixup', '0.2', '--experience', 'none'),
-     '--batch-size 5 gives 5 a process and accumulation step. Use a number that makes it even'),
     (('--device', 'abacus'), '--device abacus: torch cannot compute there ('),
     (('-b', 1, '--img-size', 8), '--batch-size: leaves one image a step, and batch norm of test_resnet has one value'),
 ])
@@ -692,6 +689,11 @@ def test_missing_data_is_named_and_leaves_nothing(run, tmp_path):
     (('--stimuli', 'cifar10'), 'cifar10: has no affective labels. It can be a classification target; stimuli are '),
     (('--stimuli', 'emoji+ferplus'), 'labels of different kinds (emoji: ratings; ferplus: class). Show together '),
     (('--stimuli-labels', 'majority'), "emoji: labels 'majority' is unknown"),
+    (('-b', 4, '--grad-accum-steps', 8), '--batch-size 4: 1 processes with 8 accumulation steps each share it out.'),
+    (('-b', 5, '--mixup', '0.2'),
+     '--batch-size 5 gives 5 a process and accumulation step. Use a number that makes it even'),
+    (('-b', 32, '--train-images', 30),
+     '--batch-size 32: --train-images 30 is all that there is to train on. Use at most as many.'),
     (('--dataset', 'ferplus'), 'ferplus: has affective labels only. It can be stimuli; classification targets are '),
 ])
 def test_what_needs_no_data_is_found_before_it_is_read(run, train, tmp_path, monkeypatch, flags, message):
@@ -709,8 +711,8 @@ def test_a_batch_of_one_is_too_small_for_the_concordance(run, tmp_path):
 
 
 def test_stage_2_is_checked_before_stage_1_is_trained(run, tmp_path, folder):
-    status, _, err = run('--dataset', folder, '--train-images', 30, '--stimuli', 'emoji', '-b', 32)
-    assert (status, ' has 30 images to train on. Use at most as many.' in err) == (2, True), err
+    status, _, err = run('--dataset', folder, '--stimuli', 'emoji', '-b', 64)
+    assert (status, ' has 48 images to train on. Use at most as many.' in err) == (2, True), err
     assert os.listdir(tmp_path) == []
 
 

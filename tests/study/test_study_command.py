@@ -320,6 +320,7 @@ def test_a_folder_whose_name_is_no_text_is_refused(run, tmp_path, colours):
     (('--devices', 'cpu', 'gpu0'), '--devices gpu0: torch cannot compute there ('),
     (('--stimuli', 'ferpuls'), "stimuli 'ferpuls' is unknown"),
     (('--stimuli', 'emoji+ferpuls'), "stimuli 'ferpuls' is unknown"),
+    (('--stimuli', 'emoji+ferplus', '--arms', 'regulated'), 'different kinds (emoji: ratings; ferplus: class). Show '),
     (('--targets', 'cifar'), "target 'cifar' is unknown"),
     (('--arms', 'regulatd'), "Did you mean 'regulated'?"),
     (('--train-images', '1e3'), "--train-images 1e3: expected a number of images, or 'all'."),
@@ -351,6 +352,8 @@ def test_what_does_not_fit_is_refused(run, tmp_path, argv, message):
     (('--arms', 'plain:opt=sdg'), (), 'plain.opt=sdg_s0: train.py refuses its flags: --opt sdg'),
     (('--arms', 'regulated:balance=2'), (), 'balance=2_s0: train.py refuses its flags: --balance 2.0 is outside [0'),
     (('--target-flags=--cutout 40',), (), 'train.py refuses its flags: --cutout 40: would leave nothing'),
+    (('--target-flags=--mixup 0.2 -b 5',), (), 'train.py refuses its flags: --mixup and --cutmix mix the images of a '),
+    ((), ('-b', '2000'), 'train.py refuses its flags: --batch-size 2000: --train-images 1000 is all that there is'),
 ])
 def test_flags_that_train_py_refuses_are_refused_before_the_first_run(run, tmp_path, argv, own, message):
     status, _, err = run('--arms', 'plain', '--seeds', 0, *argv, own=own, script=TRAIN)

@@ -14,12 +14,12 @@ import torch
 
 from .. import BACKBONES
 from ..answers import check_device
-from ..data import STIMULI, TARGETS, DataError, load_target, stimuli_parts
+from ..data import STIMULI, TARGETS, DataError, check_stimuli, load_target, stimuli_parts
 from ..data.choices import unknown_choice
 from ..data.controls import fewer_images
-from ..training.settings import SettingsError, check_tag, unknown_model
+from ..training.settings import SettingsError, check_batch, check_tag, unknown_model
 from ..training.train_script import load_parse_args
-from .grid import DUAL_HEAD_FLAGS, RESERVED, Run, StudyError
+from .grid import DUAL_HEAD_FLAGS, RESERVED, Ratings, Run, StudyError
 
 __all__ = ['check_flags', 'check_names', 'check_train_images']
 
@@ -37,7 +37,7 @@ def check_names(args: argparse.Namespace) -> None:
     """Refuse names and numbers that nothing has, or that the study decides itself.
 
     Raises:
-        DataError: For a name that is unknown.
+        DataError: For a name that is unknown, or stimuli that do not go together.
         StudyError: For all else.
     """
     for model in args.models:
@@ -63,6 +63,9 @@ def check_names(args: argparse.Namespace) -> None:
     if bool(tables) != bool(args.rating_columns) or bool(tables) != bool(args.rating_scale):
         raise StudyError(f'--stimuli {" ".join(args.stimuli)}: a csv needs both --rating-columns and --rating-scale, '
                          'and nothing else has them.')
+    for name in args.stimuli:
+        ratings = Ratings.given(args).of(name)
+        check_stimuli(name, rating_columns=ratings.columns or None, rating_scale=ratings.scale or None)
     for images in args.train_images:
         if images != 'all' and not (images.isdecimal() and int(images) > 0):
             raise StudyError(f"--train-images {images}: expected a number of images, or 'all'.")
@@ -122,10 +125,18 @@ def check_flags(runs: Iterable[Run], script: Path, device: str) -> None:
         said = io.StringIO()
         try:
             with contextlib.redirect_stderr(said):
-                parse_args([*run.flags, '--device', device, *(('--experience', run.needs) if run.needs else ())])
+                settings = parse_args([*run.flags, '--device', device,
+                                       *(('--experience', run.needs) if run.needs else ())])
+            if getattr(settings, 'batch_size', None):  # a script in train.py's place may have no such flag
+                settings.world_size = 1
+                check_batch(settings, run.task)
         except SystemExit as e:
             if not e.code:  # --help
                 raise
             reason = said.getvalue().strip().rpartition('error: ')[2] or e.code
-            only = ' What is for stage 2 alone goes into --target-flags.' if run.task == 'affect' else ''
-            raise StudyError(f'{run.key}: train.py refuses its flags: {reason}{only}') from None
+        except DataError as e:
+            reason = e
+        else:
+            continue
+        only = ' What is for stage 2 alone goes into --target-flags.' if run.task == 'affect' else ''
+        raise StudyError(f'{run.key}: train.py refuses its flags: {reason}{only}')

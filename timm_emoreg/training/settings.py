@@ -26,8 +26,8 @@ from ..regulation import check_regulation
 from ..small_image import LARGEST_SIZE, has_small_image_form
 from .optim import base_optimizer
 
-__all__ = ['LABELS_OF_STAGE_1', 'REGULATION', 'SettingsError', 'backbone_args', 'batch_of_a_step', 'check_tag',
-           'complete_settings', 'emoreg_args', 'shapes_stage_1', 'unknown_model']
+__all__ = ['LABELS_OF_STAGE_1', 'REGULATION', 'SettingsError', 'backbone_args', 'batch_of_a_step', 'check_batch',
+           'check_tag', 'complete_settings', 'emoreg_args', 'shapes_stage_1', 'unknown_model']
 
 LABELS_OF_STAGE_1 = ('stimuli_labels', 'shuffle_stimuli_labels', 'rating_columns')
 # arguments of a timm model that have a flag of their own
@@ -390,6 +390,38 @@ def emoreg_args(settings: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     return 'emoreg', {**form, 'backbone': settings['backbone']}
 
 
+def _share_of_a_step(args: Namespace, task: str, whole_batch: int) -> int:
+    """Images per step and process, where so many make an update."""
+    shares = args.world_size * args.grad_accum_steps
+    batch_size = whole_batch // shares
+    if not batch_size:
+        raise DataError(f'--batch-size {whole_batch}: {args.world_size} processes with {args.grad_accum_steps} '
+                        f'accumulation steps each share it out. Use at least {shares}, or a smaller '
+                        '--grad-accum-steps.')
+    if task != 'affect' and max(args.mixup, args.cutmix) > 0 and batch_size % 2:
+        raise DataError(f'--mixup and --cutmix mix the images of a step in pairs, --batch-size {whole_batch} gives '
+                        f'{batch_size} a process and accumulation step. Use a number that makes it even.')
+    return batch_size
+
+
+def check_batch(args: Namespace, task: str) -> None:
+    """Refuse a --batch-size that `batch_of_a_step` would refuse of any data.
+
+    Args:
+        args: The settings, with `world_size`.
+        task: 'affect', 'emoreg' or 'plain'.
+
+    Raises:
+        DataError: If it is one.
+    """
+    if not args.batch_size:
+        return
+    update = _share_of_a_step(args, task, args.batch_size) * args.world_size * args.grad_accum_steps
+    if args.train_images and update > args.train_images:
+        raise DataError(f'--batch-size {args.batch_size}: --train-images {args.train_images} is all that there is to '
+                        'train on. Use at most as many.')
+
+
 def batch_of_a_step(args: Namespace, task: str, splits: Splits, stimuli: Splits | None = None) -> int:
     """Images per step and process of a stage.
 
@@ -407,21 +439,14 @@ def batch_of_a_step(args: Namespace, task: str, splits: Splits, stimuli: Splits 
     usual = 128 if len(splits.train) >= 10_000 else 64
     # a default must not be what is wrong with a small set
     whole_batch = args.batch_size or min(usual, max(fewest // (2 * shares) * 2 * shares, 1))
-    batch_size = whole_batch // shares
-    if not batch_size:
-        if not args.batch_size:
-            raise DataError(f'--grad-accum-steps {args.grad_accum_steps}: in {args.world_size} processes they share '
-                            f'out the {fewest} images that {splits.name} has to train on. Use fewer.')
-        raise DataError(f'--batch-size {whole_batch}: {args.world_size} processes with {args.grad_accum_steps} '
-                        f'accumulation steps each share it out. Use at least {shares}, or a smaller '
-                        '--grad-accum-steps.')
+    if not args.batch_size and whole_batch < shares:
+        raise DataError(f'--grad-accum-steps {args.grad_accum_steps}: in {args.world_size} processes they share '
+                        f'out the {fewest} images that {splits.name} has to train on. Use fewer.')
+    batch_size = _share_of_a_step(args, task, whole_batch)
     rated = splits if task == 'affect' else stimuli
     if rated is not None and rated.target.kind == 'ratings' and batch_size < 2:
         raise DataError(f'1 - CCC needs 2 images or more a step, --batch-size {whole_batch} gives {batch_size} a '
                         f'process and accumulation step. Use at least {2 * shares}.')
-    if task != 'affect' and max(args.mixup, args.cutmix) > 0 and batch_size % 2:
-        raise DataError(f'--mixup and --cutmix mix the images of a step in pairs, --batch-size {whole_batch} gives '
-                        f'{batch_size} a process and accumulation step. Use a number that makes it even.')
     for shown in (splits, *([stimuli] if stimuli else [])):
         if len(shown.train) < batch_size * args.world_size:
             raise DataError(f'--batch-size {whole_batch}: {shown.name} has {len(shown.train):,} images to train on. '
