@@ -428,6 +428,10 @@ def announce(args, task_name: str, model, splits, stimuli, recipe: dict, chosen:
     say(args, f'terms of {splits.name}: {splits.licence}')
     if stimuli is not None:
         say(args, f'rehearsal: {stimuli.summary()}; weight {args.rehearsal:g}; terms: {stimuli.licence}')
+    judging = len(splits.validation)
+    if judging < 20 and args.val_interval < epochs:  # one image alone is more than 5 points of accuracy
+        say(args, f'{splits.name}: the best epoch will be chosen by {judging} validation image{"s"[:judging > 1]}, '
+                  f'which is mostly chance. Add images, or take the last epoch by --val-interval {epochs}.')
 
 
 def form_of(model) -> str:

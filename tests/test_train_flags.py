@@ -1,6 +1,7 @@
 """What train.py makes of its flags: the model, its losses, the optimizer and the sets, without training them."""
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -114,6 +115,21 @@ def test_the_stimuli_and_images_are_those_that_were_asked_for(train, parsed):
     expected = fewer_images(load_target('emoji'), 100, 7)
     assert labels(found) == labels(expected)
     assert all((one == other).all() for one, other in zip(found.train.images, expected.train.images, strict=True))
+
+
+@pytest.mark.parametrize(('images', 'flags', 'said'), [
+    (1, (), 'by 1 validation image, '), (19, ('--val-interval', 2), 'by 19 validation images, '),
+    (20, (), None), (19, ('--val-interval', 3), None),
+])
+def test_an_epoch_that_few_images_choose_is_told(train, parsed, capsys, images, flags, said):
+    few = dataclasses.replace(THREE, validation=ONE.subset([0] * images))
+    chosen = {'precision': 'float32', 'loader': 'timm'}
+    train.announce(parsed(*flags), 'plain', timm.create_model('test_vit'), few, None, {'opt': 'sgd', 'lr': 1.0}, chosen,
+                   epochs=3)
+    lines = [line for line in capsys.readouterr().out.splitlines() if 'the best epoch' in line]
+    assert lines == ([] if said is None else [
+        f'three: the best epoch will be chosen {said}which is mostly chance. Add images, or take the last epoch by '
+        '--val-interval 3.'])
 
 
 def test_the_weights_of_the_backbone_are_asked_for(train, parsed, monkeypatch):
