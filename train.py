@@ -430,7 +430,7 @@ def announce(args, task_name: str, model, splits, stimuli, recipe: dict, chosen:
         say(args, f'rehearsal: {stimuli.summary()}; weight {args.rehearsal:g}; terms: {stimuli.licence}')
     judging = len(splits.validation)
     if judging < 20 and args.val_interval < epochs:  # one image alone is more than 5 points of accuracy
-        say(args, f'{splits.name}: the best epoch will be chosen by {judging} validation image{"s"[:judging > 1]}, '
+        say(args, f'{splits.name}: the best epoch will be chosen on {judging} images of the validation part, '
                   f'which is mostly chance. Add images, or take the last epoch by --val-interval {epochs}.')
 
 

@@ -118,8 +118,8 @@ def test_the_stimuli_and_images_are_those_that_were_asked_for(train, parsed):
 
 
 @pytest.mark.parametrize(('images', 'flags', 'said'), [
-    (1, (), 'by 1 validation image, '), (19, ('--val-interval', 2), 'by 19 validation images, '),
-    (20, (), None), (19, ('--val-interval', 3), None),
+    (19, (), True), (5, ('--val-interval', 2), True),
+    (20, (), False), (19, ('--val-interval', 3), False),
 ])
 def test_an_epoch_that_few_images_choose_is_told(train, parsed, capsys, images, flags, said):
     few = dataclasses.replace(THREE, validation=ONE.subset([0] * images))
@@ -127,9 +127,8 @@ def test_an_epoch_that_few_images_choose_is_told(train, parsed, capsys, images, 
     train.announce(parsed(*flags), 'plain', timm.create_model('test_vit'), few, None, {'opt': 'sgd', 'lr': 1.0}, chosen,
                    epochs=3)
     lines = [line for line in capsys.readouterr().out.splitlines() if 'the best epoch' in line]
-    assert lines == ([] if said is None else [
-        f'three: the best epoch will be chosen {said}which is mostly chance. Add images, or take the last epoch by '
-        '--val-interval 3.'])
+    assert lines == [f'three: the best epoch will be chosen on {images} images of the validation part, which is mostly '
+                     'chance. Add images, or take the last epoch by --val-interval 3.'] * said
 
 
 def test_the_weights_of_the_backbone_are_asked_for(train, parsed, monkeypatch):
