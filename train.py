@@ -59,7 +59,7 @@ from timm_emoreg.files import DamagedError, read_json, write_text
 from timm_emoreg.metrics import wide_dtype
 from timm_emoreg.small_image import small_image_form
 from timm_emoreg.task import AffectTask, EmoRegTask
-from timm_emoreg.training.arguments import NamedValues, above, at_least, compiler_backend, share, within
+from timm_emoreg.training.arguments import NamedValues, above, at_least, compiler_backend, share, up_to, within
 from timm_emoreg.training.attention import choose_attention, use_plain_attention
 from timm_emoreg.training.checkpoint import (
     BEST,
@@ -207,8 +207,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument('--decay-rate', type=above(0),
                        help='factor of each step (default: 0.1), or the power of --sched poly (default: 1, linear)')
     group.add_argument('--warmup-epochs', type=at_least(0.0), default=1.0, help='at most a quarter of the epochs')
-    group.add_argument('--warmup-lr', type=at_least(0.0), default=1e-3, help='times --lr')
-    group.add_argument('--min-lr', type=at_least(0.0), default=1e-3, help='times --lr')
+    group.add_argument('--warmup-lr', type=up_to(1), default=1e-3, help='times --lr')
+    group.add_argument('--min-lr', type=up_to(1), default=1e-3, help='times --lr')
     group.add_argument('--clip-grad', type=above(0))
     group.add_argument('--clip-mode', default='norm', choices=('norm', 'value', 'agc'))
     group.add_argument('--grad-accum-steps', type=at_least(1), default=1,
@@ -315,9 +315,10 @@ def checked_model(args, task: str, splits, experience: Experience | None, batch_
             raise
         flags = [flag for flag, value in (
             ('--model-kwargs', args.model_kwargs), ('--grad-checkpointing', args.grad_checkpointing),
-            ('--experience', args.experience)) if value]
+            ('--experience', experience is not None and experience.state_dict)) if value]
+        form = '--no-small-image' if args.small_image else '--small-image'
         raise ModelError(f'--model {args.model} cannot be built so: {reason_of(e)}. Change '
-                         f'{", ".join((*flags, "--img-size"))} or --small-image.') from e
+                         f'{", ".join((*flags, "--img-size"))} or give {form}.') from e
     model.to(device)
     if args.channels_last:
         model.to(memory_format=torch.channels_last)

@@ -199,6 +199,21 @@ def test_pretrained_backbone_gives_both_heads(tmp_path):
     assert not torch.equal(other.head.weight, other.head_emo.weight)
 
 
+@pytest.mark.parametrize('experience', ['shared', 'separate'])
+@pytest.mark.parametrize(('name', 'more'), [('emoreg', {'backbone': 'resnet18'}), ('emoreg_resnet18', {})])
+def test_pretrained_backbone_comes_from_the_file_that_is_named(name, more, experience, tmp_path):
+    plain = plain_model('resnet18').eval()
+    torch.save(plain.state_dict(), tmp_path / 'plain.pth')
+    overlay = {'file': str(tmp_path / 'plain.pth'), 'num_classes': 5, 'mean': (0.1, 0.2, 0.3)}
+    model = timm.create_model(name, pretrained_backbone=True, pretrained_cfg_overlay=overlay, num_classes=5,
+                              experience=experience, **more).eval()
+    assert_close(model(images()), plain(images()))
+    assert model.pretrained_cfg['mean'] == (0.1, 0.2, 0.3)
+    assert not model.pretrained_cfg.get('file')  # it holds the backbone alone
+    assert 'pretrained_cfg_overlay' not in get_model_args(model)
+    assert len(overlay) == 3
+
+
 @pytest.mark.parametrize('name', ['emoreg', 'emoreg_resnet18'])
 def test_pretrained_backbone_comes_from_the_cache_that_is_named(name, tmp_path, monkeypatch):
     given = []

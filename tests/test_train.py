@@ -655,6 +655,8 @@ def test_an_experiment_may_be_called_anything(run, tmp_path, folder):
 
 @pytest.mark.parametrize(('flags', 'message'), [
     (('--model-kwargs', 'foo=1'), "--model test_resnet cannot be built so: "),
+    (('--model', 'emoreg_vit_tiny', '--img-size', 36, '--small-image', '--experience', 'none'),
+     '. Change --img-size or give --no-small-image.'),
     (('--model-kwargs', 'output_stride=7', '--task', 'plain'), 'cannot be built so: AssertionError. Change'),
     (('--experience', 'emoreg_resnet18.emoji', '--task', 'plain'),
      'emoreg_resnet18.emoji: is of the backbone resnet18, and this run has test_resnet. Use the same --model'),

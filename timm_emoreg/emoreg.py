@@ -38,7 +38,9 @@ from .eight_bit import SCALE
 from .regulation import AffectiveState, Balance, Modulation, Responses, check_regulation, regulate
 from .small_image import DEFAULT_SIZE
 
-__all__ = ['EmoReg', 'create_emoreg']
+__all__ = ['SOURCES', 'EmoReg', 'create_emoreg']
+
+SOURCES = ('file', 'url', 'state_dict', 'hf_hub_id', 'hf_hub_filename')  # of weights, in a pretrained cfg of timm
 
 
 def _need_pooling(pooled: bool) -> None:
@@ -82,7 +84,8 @@ class EmoReg(nn.Module):
         small_image: Use the backbone's form for images of 32 to 64 px.
         img_size: Input size; for backbones of a fixed size, or with `small_image` (default there: 32).
         global_pool: Global pooling of the backbone, its own default if None.
-        pretrained_backbone: Load the backbone's own pretrained timm weights.
+        pretrained_backbone: Load the backbone's own pretrained timm weights, or those of the source in timm's
+            `pretrained_cfg_overlay`.
         cache_dir: Where these are cached, the Hub's usual place if None.
         device: Of all parameters, as in torch.
         dtype: Of all parameters, as in torch.
@@ -178,7 +181,7 @@ class EmoReg(nn.Module):
         if name is not None:  # a module that is none of timm's cannot be built again by its name
             self.pretrained_cfg['architecture'] = 'emoreg'
             args = building if isinstance(backbone, str) else get_model_args(backbone)
-            here = ('device', 'dtype', 'pretrained', 'cache_dir')
+            here = ('device', 'dtype', 'pretrained', 'cache_dir', 'pretrained_cfg_overlay')
             update_model_args(self, **{k: v for k, v in args.items() if k not in here}, backbone=name)
 
     def _declare_traits(self, img_size: int | tuple[int, int] | None) -> None:
@@ -592,8 +595,13 @@ def create_emoreg(variant: str, backbone: str, pretrained: bool = False, **kwarg
         with torch.device('meta'):
             plain = create_backbone(backbone, kwargs.get('small_image', False), kwargs.get('img_size'), **form)
         feature_cfg['out_indices'] = tuple(plain.feature_info.out_indices)
-    # timm's builder keeps the cache for the weights of the whole model
-    model_cls = partial(EmoReg, cache_dir=kwargs.get('cache_dir')) if kwargs.get('pretrained_backbone') else EmoReg
+    model_cls = EmoReg
+    if kwargs.get('pretrained_backbone'):
+        # timm's builder keeps these for the weights of the whole model
+        model_cls = partial(EmoReg, **{name: kwargs[name] for name in ('cache_dir', 'pretrained_cfg_overlay')
+                                       if kwargs.get(name) is not None})
+        overlay = kwargs.get('pretrained_cfg_overlay') or {}
+        kwargs['pretrained_cfg_overlay'] = {k: v for k, v in overlay.items() if k not in SOURCES}
     model = build_model_with_cfg(
         model_cls, variant, pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
@@ -612,7 +620,8 @@ default_cfgs = generate_default_cfgs({'emoreg': backbone_cfg('resnet18')})
 def emoreg(pretrained: bool = False, backbone: str = 'resnet18', **kwargs: Any) -> EmoReg:
     """Emotional regulation around any timm backbone: ``timm.create_model('emoreg', backbone='convnext_tiny')``.
 
-    Its preprocessing is the backbone's. ``pretrained_backbone=True`` loads the backbone's own timm weights.
+    Its preprocessing is the backbone's. ``pretrained_backbone=True`` loads the backbone's own timm weights, or those of
+    the source in ``pretrained_cfg_overlay``, such as ``{'file': PATH, 'num_classes': N}``.
     """
     if not isinstance(backbone, str):
         raise TypeError(f'timm.create_model takes the name of a backbone, got {type(backbone).__name__}. '
@@ -624,13 +633,12 @@ def emoreg(pretrained: bool = False, backbone: str = 'resnet18', **kwargs: Any) 
                          f"no tag. For a weight of the backbone: backbone='{backbone}.{given}', "
                          'pretrained_backbone=True.')
     given = given if isinstance(given, dict) else given.to_dict()
-    sources = ('file', 'hf_hub_id', 'url', 'state_dict')
-    if not any(given.get(k) for k in sources):
+    if not any(given.get(k) for k in SOURCES):
         # What timm's scripts resolve by the name 'emoreg' alone is the registry's cfg: another backbone than ours.
         registered = default_cfgs['emoreg'].default.to_dict()
         given = {k: v for k, v in given.items() if registered.get(k) != v}
         overlay = kwargs.get('pretrained_cfg_overlay') or {}
-        if pretrained and not any(overlay.get(k) for k in sources):
+        if pretrained and not any(overlay.get(k) for k in SOURCES):
             raise ValueError("'emoreg' stands for any backbone and has no weights of its own. For the backbone's: "
                              f"timm.create_model('emoreg', backbone={backbone!r}, pretrained_backbone=True).")
         kwargs['pretrained_cfg'] = {**backbone_cfg(backbone, **small_image_cfg(**kwargs)), **given}

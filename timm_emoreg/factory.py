@@ -17,13 +17,12 @@ from torch import nn
 
 from . import zoo
 from .backbone import backbone_cfg, small_image_cfg
-from .emoreg import EmoReg, create_emoreg
+from .emoreg import SOURCES, EmoReg, create_emoreg
 from .weights import NewHeadsWarning, WeightError, WeightMismatch, WeightNotFound, find_file, layout_of
 from .zoo import Weight
 
 __all__ = ['create']
 
-SOURCES = ('file', 'url', 'state_dict', 'hf_hub_id', 'hf_hub_filename')  # of a pretrained cfg in timm
 # what decides the meaning of the affect response: never another one under the same weights, though shapes may agree
 MEANING = ('num_affect', 'affect_kind', 'experience')
 # arguments that say nothing about the form of the model, or that timm fits the weights to

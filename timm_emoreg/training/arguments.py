@@ -54,6 +54,11 @@ def within(low: float, high: float) -> Callable[[str], float]:
                                 f'a number from {low:g} to below {high:g}')
 
 
+def up_to(high: float) -> Callable[[str], float]:
+    """A type for argparse: numbers from 0 to `high`, both of them included."""
+    return lambda text: _number(text, float, lambda value: 0 <= value <= high, f'a number from 0 to {high:g}')
+
+
 def compiler_backend(text: str) -> str:
     """A type for argparse: the backends that torch.compile has here."""
     from torch.compiler import list_backends  # takes a second: only where one is named

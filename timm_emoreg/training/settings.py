@@ -355,6 +355,8 @@ def _check_has_effect(args: Namespace, given: Collection[str]) -> None:
             ('warmup_lr', args.warmup_epochs > 0, 'with --warmup-epochs 0. Leave one of them out'),
             ('hflip', not args.no_aug or args.hflip == 'none', 'with --no-aug. Leave one of them out'),
             ('cutout', not args.no_aug or not args.cutout, 'with --no-aug. Leave one of them out'),
+            ('affect_lr_scale', args.modulation or args.balance in ('gate', 'learned') or args.rehearsal
+             or args.keep_affect, 'with --no-modulation and a fixed --balance. Leave it out'),
             ('amp_dtype', args.amp, 'with --no-amp. Leave one of them out')):
         if name in given and not has_effect:
             raise SettingsError(f'{flag(name, getattr(args, name))}: has no effect {remedy}.')
