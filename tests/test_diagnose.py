@@ -80,6 +80,25 @@ def test_a_model_that_changed_is_compared_with_what_it_was():
     assert (found['stimuli'], found['images']) == (9, 5)
 
 
+def test_a_share_of_stage_1_is_what_stage_2_started_from():
+    trained, shown, stimuli = build_trained(), animals(), stimuli_like(build_trained())
+    model = trained.model
+    with torch.no_grad():
+        for p in model.affect_backbone.parameters():  # stage 1 let them grow
+            p.mul_(3)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    own = answer(trained, shown)[0].regulated
+    found = {share: diagnose(replace(trained, experience_share=share), before, stimuli, shown) for share in (1.0, 0.1)}
+    assert torch.equal(answer(trained, shown)[0].regulated, own)  # the model is as it was
+    assert found[1.0]['state']['moved'] == 0
+    assert found[1.0]['growth']['before'] == found[1.0]['growth']['after'] == pytest.approx(3, rel=1e-3)
+    assert found[0.1]['growth']['after'] == found[1.0]['growth']['after']
+    # the weights that grew threefold were drawn as the fresh ones are, with seed 0
+    assert found[0.1]['growth']['before'] == pytest.approx(0.1 * 3 + 0.9, rel=1e-3)
+    assert found[0.1]['state']['moved'] > 0
+    assert found[0.1]['similarity']['before'] != found[1.0]['similarity']['before']
+
+
 @pytest.mark.parametrize('experience', ['shared', 'separate'])
 def test_similarity_is_the_mean_cosine_of_different_images(experience):
     trained, shown = build_trained(experience=experience), animals()

@@ -68,7 +68,8 @@ def test_a_moved_run_is_told_its_experience(run, tmp_path):
     with pytest.raises(CheckpointError, match='what its affect response means stands in the result of its stage 1'):
         trained_model(alone)
     assert trained_model(alone, experience=str(run)).affect_names == ('blue', 'green', 'red')
-    assert trained_model(change(run, tmp_path / 'told', experience=str(run))).affect_names == ('blue', 'green', 'red')
+    told = trained_model(change(run, tmp_path / 'told', experience=str(run), experience_share=0.2))
+    assert (told.affect_names, told.experience_share) == (('blue', 'green', 'red'), 0.2)
 
 
 def test_the_form_of_the_dual_head_comes_back(run, tmp_path):

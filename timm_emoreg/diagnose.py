@@ -12,7 +12,9 @@
     top1           of the non-emotional, the emotionally-influenced and the regulated response
     balance        its mean and sd over the images: does it move?
 
-All on validation parts, so that the test parts stay unseen. Prints one JSON line.
+Before stage 2 is what stage 2 started from: stage 1, or the share of it that --experience-share left, mixed with fresh
+weights, here of another draw than the run's. All on validation parts, so that the test parts stay unseen. Prints one
+JSON line.
 """
 from __future__ import annotations
 
@@ -21,6 +23,7 @@ import json
 import statistics
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import timm
@@ -130,11 +133,11 @@ def _need_classes(trained: Trained) -> None:
 
 def diagnose(trained: Trained, before: dict[str, Tensor], stimuli: ImageSet, images: ImageSet,
              device: torch.device | str = 'cpu') -> dict[str, Any]:
-    """The numbers of one model, which has the affect response of `before` afterwards.
+    """The numbers of one model.
 
     Args:
         trained: A model of stage 2.
-        before: Weights of its stage 1.
+        before: Weights of its stage 1, of which ``trained.experience_share`` was left.
         stimuli: Stimuli to judge the affect response by.
         images: Downstream images.
         device: Where to compute.
@@ -154,14 +157,15 @@ def diagnose(trained: Trained, before: dict[str, Tensor], stimuli: ImageSet, ima
     grown = {'after': growth(model, untrained)}
     own, _ = answer(trained, images, device)
     constant = with_constant_state(trained, images, own.state.mean(dim=0), device)
-    model.load_experience(before)
-    then, _ = answer(trained, images, device)
-    alike['before'] = similarity(model, images, trained.img_size, device)
-    grown['before'] = growth(model, untrained)
+    start = replace(trained, model=_untrained(model).eval())
+    start.model.load_experience(before, trained.experience_share)
+    then, _ = answer(start, images, device)
+    alike['before'] = similarity(start.model, images, trained.img_size, device)
+    grown['before'] = growth(start.model, untrained)
     target = images.targets
     return {
         'model': trained.source, 'stimuli': len(stimuli), 'images': len(images),
-        'affect': {'before': affect_quality(trained, stimuli, device), 'after': after},
+        'affect': {'before': affect_quality(start, stimuli, device), 'after': after},
         'similarity': {name: alike[name] for name in ('untrained', 'before', 'after')},
         'growth': {name: grown[name] for name in ('before', 'after')},
         'state': {'moved': round((own.state - then.state).abs().mean().item(), 4),

@@ -39,6 +39,7 @@ class Trained:
         data_dir: Where its run found its data sets; None for their usual place, and for a released weight.
         dataset: What its run trained it on in stage 2; None for a released weight, and for the result of stage 1.
         experience: The result of stage 1 that its run started from, likewise; None also if that was none.
+        experience_share: How much of its backbone the run started with, up to 1.
     """
 
     source: str
@@ -49,6 +50,7 @@ class Trained:
     data_dir: str | None = None
     dataset: str | None = None
     experience: str | None = None
+    experience_share: float = 1.0
 
     def label(self, index: int) -> str:
         """Name of a class, with its index where several have that name (ImageNet has two cranes)."""
@@ -257,4 +259,5 @@ def _loaded(where: str | Path, path: Path, args: dict[str, Any], state: dict[str
     stage_2 = isinstance(model, EmoReg) and model.num_classes > 0
     experience = _stage_1_of(path, args) if stage_2 else 'none'
     return Trained(str(where), model.eval(), (args['img_size'],) * 2, affect_names, labels, args['data_dir'],
-                   args.get('dataset') if model.num_classes else None, None if experience == 'none' else experience)
+                   args.get('dataset') if model.num_classes else None, None if experience == 'none' else experience,
+                   args.get('experience_share', 1.0))
