@@ -12,6 +12,7 @@ from argparse import Namespace
 from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -237,6 +238,30 @@ def test_the_answer_is_that_of_the_question_before(monkeypatch):
     assert [processes.asked_to_stop(args, received) for _ in range(3)] == [False, False, True]
     assert received == [15]  # this one says so from now on, too
     assert (processes.asked_to_stop(args, received), received) == (False, [15])
+
+
+def test_a_number_on_a_gpu_is_read_when_its_own_copy_is_there(monkeypatch):
+    done = []
+
+    class Event:
+        record = staticmethod(lambda: done.append('recorded'))
+        synchronize = staticmethod(lambda: done.append('waited'))
+
+    class Here:
+        def copy_(self, number, non_blocking):
+            done.append(('copied', number, non_blocking))
+
+        def __int__(self):
+            done.append('read')
+            return 15
+
+    monkeypatch.setattr(torch, 'empty_like', lambda number, device, pin_memory: Here())
+    monkeypatch.setattr(torch.cuda, 'Event', Event)
+    number = SimpleNamespace(device=torch.device('cuda'))
+    get = processes._fetch(number)
+    assert done == [('copied', number, True), 'recorded']
+    assert get() == 15
+    assert done[2:] == ['waited', 'read']
 
 
 @pytest.mark.parametrize(('gpus', 'local_rank'), [(1, '0'), (4, '1')])

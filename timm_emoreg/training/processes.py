@@ -55,7 +55,23 @@ def decided_by_primary(decide: Callable[[], Any], args: Namespace) -> Any:
     return decided[0]
 
 
-_asked: list[Tensor] = []  # what the processes said when they asked each other last
+_asked: list[Callable[[], int]] = []  # for what the processes said when they asked each other last
+
+
+def _fetch(number: Tensor) -> Callable[[], int]:
+    """Starts to fetch a number from a device; what it returns gives it, and waits for no work that was queued later."""
+    if number.device.type != 'cuda':
+        return lambda: int(number)
+    here = torch.empty_like(number, device='cpu', pin_memory=True)
+    here.copy_(number, non_blocking=True)
+    fetched = torch.cuda.Event()
+    fetched.record()
+
+    def get() -> int:
+        fetched.synchronize()  # int(number) would wait for all of the stream
+        return int(here)
+
+    return get
 
 
 def asked_to_stop(args: Namespace, received: list[int]) -> bool:
@@ -72,8 +88,8 @@ def asked_to_stop(args: Namespace, received: list[int]) -> bool:
         return bool(received)
     number = torch.full((), received[0] if received else 0, device=args.device)  # filled there: no copy to wait for
     torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX)
-    _asked.append(number)
-    answer = int(_asked.pop(0)) if len(_asked) > 1 else 0
+    _asked.append(_fetch(number))
+    answer = _asked.pop(0)() if len(_asked) > 1 else 0
     if answer and not received:
         received.append(answer)
     return bool(answer)
