@@ -41,11 +41,17 @@ def rated(tmp_path):
 
 
 def test_classes_are_numbered_as_timm_does(tmp_path):
-    for name in ('1', '2', '10', 'Bird', 'apple'):
+    for name in ('1', '2', '10', '2b', 'Bird', 'apple', 'class10', 'Class9', '٣'):
         draw(tmp_path / name, 4)
     theirs = create_dataset('', root=str(tmp_path)).reader.class_to_idx
     assert load_folder(tmp_path).target.names == tuple(sorted(theirs, key=theirs.get)) == (
-        '1', '2', '10', 'apple', 'Bird')
+        '1', '2', '2b', '٣', '10', 'apple', 'Bird', 'Class9', 'class10')
+
+
+def test_classes_may_have_digits_that_are_no_numbers(tmp_path):
+    for name in ('①', '②', '10²', '9²', 'x'):
+        draw(tmp_path / name, 3)
+    assert load_folder(tmp_path).target.names == ('9²', '10²', 'x', '①', '②')
 
 
 def test_folder_per_class_is_split_by_class(tmp_path):

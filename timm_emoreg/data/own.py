@@ -3,12 +3,12 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from timm.utils.misc import natural_key
 
 from .choices import unknown_choice
 from .sets import DataError, ImageSet, Splits, Target
@@ -47,12 +47,17 @@ def _unreadable(error: OSError) -> DataError:
     return DataError(f'{error.filename}: the folder cannot be read ({error.strerror}). Make it readable.')
 
 
+def _natural_key(name: str) -> list[int | str]:
+    """timm's `natural_key`, which fails at digits of which `int` makes no number, such as those of 10²."""
+    return [int(piece) if piece.isdecimal() else piece for piece in re.split(r'(\d+)', name.lower())]
+
+
 def _subfolders(folder: Path) -> list[Path]:
     try:
         found = [p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(_HIDDEN)]
     except OSError as e:
         raise _unreadable(e) from None
-    return sorted(found, key=lambda p: (natural_key(p.name), p.name))  # timm's order: 2 before 10, a before B
+    return sorted(found, key=lambda p: (_natural_key(p.name), p.name))  # timm's order: 2 before 10, a before B
 
 
 def _images(folder: Path) -> list[Path]:
