@@ -142,6 +142,14 @@ def test_two_links_to_one_file_are_refused(tmp_path):
         load_folder(tmp_path)
 
 
+@pytest.mark.parametrize('target', ['loop.png', 'nowhere.png'])
+def test_a_link_that_leads_to_no_file_is_named(tmp_path, target):
+    fill(tmp_path, 'a', 'b')
+    (tmp_path / 'a/loop.png').symlink_to(target)
+    with pytest.raises(DataError, match=r'a/loop\.png: is not a usable path \(\w+\)\. Correct the link or remove it'):
+        load_folder(tmp_path)
+
+
 def test_linked_folders_are_not_followed(tmp_path):
     for name in ('anger', 'joy'):
         draw(tmp_path / name, 5)

@@ -120,8 +120,9 @@ def load_folder(root: str | Path) -> Splits:
         Three `ImageSet` of paths with class targets; a damaged image raises when it is read.
 
     Raises:
-        DataError: If the folder is missing, has less than two classes, or a class is empty, has too few images to be
-            in every part (3, or 2 where both other parts are given), or is not in train.
+        DataError: If the folder is missing, has less than two classes, an image is a link that leads to no file, or
+            a class is empty, has too few images to be in every part (3, or 2 where both other parts are given), or is
+            not in train.
     """
     root = Path(root).expanduser()
     if not root.is_dir():
@@ -150,7 +151,12 @@ def load_folder(root: str | Path) -> Splits:
             raise DataError(f'{folder}: the part holds no class folder. Fill it or remove it.')
     first: dict[Path, Path] = {}
     for path in paths:
-        if (one := first.setdefault(path.resolve(), path)) is not path:
+        try:
+            file = path.resolve(strict=True)
+        except (OSError, RuntimeError) as e:  # links that lead in a circle or nowhere
+            raise DataError(f'{path}: is not a usable path ({type(e).__name__}). Correct the link or '
+                            'remove it.') from None
+        if (one := first.setdefault(file, path)) is not path:
             raise DataError(f'{path}: is the same file as {one}, which could land in train and test. Remove one of '
                             'these links.')
     whole = ImageSet(paths, torch.tensor(labels), Target('class', names))
