@@ -147,7 +147,7 @@ def test_a_released_stage_1_is_taken_where_nothing_asks_for_another(train, monke
 
 @pytest.mark.parametrize(('images', 'shares', 'batch'), [
     ((20_000,), (1, 1), 128), ((9_999,), (1, 1), 64), ((9_999,), (2, 2), 16), ((48,), (1, 1), 48), ((47,), (1, 1), 46),
-    ((47,), (2, 1), 22), ((5_000, 30), (1, 1), 30), ((1,), (1, 1), 1),
+    ((47,), (2, 1), 22), ((5_000, 30), (1, 1), 30), ((1,), (1, 1), 1), ((9_999,), (3, 1), 21), ((9_999,), (1, 40), 1),
 ])
 def test_the_usual_batch_is_none_that_a_small_set_cannot_fill(images, shares, batch):
     target = Target('class', ('a', 'b'))
@@ -158,6 +158,21 @@ def test_the_usual_batch_is_none_that_a_small_set_cannot_fill(images, shares, ba
 
     args = argparse.Namespace(batch_size=None, world_size=shares[0], grad_accum_steps=shares[1], mixup=0, cutmix=0)
     assert batch_of_a_step(args, 'emoreg', *map(splits, images)) == batch
+
+
+@pytest.mark.parametrize(('images', 'shares', 'batch', 'of_stage_1'), [
+    (9_999, (3, 1), 20, 21), (9_999, (1, 3), 20, 21), (20_000, (3, 1), 42, 42), (9_999, (5, 1), 12, 12),
+    (9_999, (2, 2), 16, 16), (20, (3, 1), 6, 6), (9_999, (40, 1), 2, 1),
+])
+@pytest.mark.parametrize('mix', ['mixup', 'cutmix'])
+def test_the_usual_batch_has_pairs_to_mix_in_every_share(images, shares, batch, of_stage_1, mix):
+    part = ImageSet(np.zeros((images, 1, 1, 3), np.uint8), torch.zeros(images, dtype=torch.long),
+                    Target('class', ('a', 'b')))
+    args = argparse.Namespace(batch_size=None, world_size=shares[0], grad_accum_steps=shares[1],
+                              **{'mixup': 0, 'cutmix': 0, mix: 0.5})
+    splits = Splits('toy', part, part, part, 'free')
+    assert batch_of_a_step(args, 'plain', splits) == batch
+    assert batch_of_a_step(args, 'affect', splits) == of_stage_1  # which mixes nothing
 
 
 @pytest.mark.parametrize(('argv', 'size', 'small_image'), [

@@ -392,6 +392,10 @@ def emoreg_args(settings: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     return 'emoreg', {**form, 'backbone': settings['backbone']}
 
 
+def _mixes_pairs(args: Namespace, task: str) -> bool:
+    return task != 'affect' and max(args.mixup, args.cutmix) > 0
+
+
 def _share_of_a_step(args: Namespace, task: str, whole_batch: int) -> int:
     """Images per step and process, where so many make an update."""
     shares = args.world_size * args.grad_accum_steps
@@ -400,7 +404,7 @@ def _share_of_a_step(args: Namespace, task: str, whole_batch: int) -> int:
         raise DataError(f'--batch-size {whole_batch}: {args.world_size} processes with {args.grad_accum_steps} '
                         f'accumulation steps each share it out. Use at least {shares}, or a smaller '
                         '--grad-accum-steps.')
-    if task != 'affect' and max(args.mixup, args.cutmix) > 0 and batch_size % 2:
+    if _mixes_pairs(args, task) and batch_size % 2:
         raise DataError(f'--mixup and --cutmix mix the images of a step in pairs, --batch-size {whole_batch} gives '
                         f'{batch_size} a process and accumulation step. Use a number that makes it even.')
     return batch_size
@@ -438,9 +442,12 @@ def batch_of_a_step(args: Namespace, task: str, splits: Splits, stimuli: Splits 
     """
     shares = args.world_size * args.grad_accum_steps
     fewest = min(len(shown.train) for shown in (splits, *([stimuli] if stimuli else [])))
+    pairs = 2 * shares
     usual = 128 if len(splits.train) >= 10_000 else 64
-    # a default must not be what is wrong with a small set
-    whole_batch = args.batch_size or min(usual, max(fewest // (2 * shares) * 2 * shares, 1))
+    # a default must be what is wrong neither with mixing nor with a small set
+    if _mixes_pairs(args, task):
+        usual = max(usual // pairs, 1) * pairs
+    whole_batch = args.batch_size or min(usual, max(fewest // pairs * pairs, 1))
     if not args.batch_size and whole_batch < shares:
         raise DataError(f'--grad-accum-steps {args.grad_accum_steps}: in {args.world_size} processes they share '
                         f'out the {fewest} images that {splits.name} has to train on. Use fewer.')
@@ -448,7 +455,7 @@ def batch_of_a_step(args: Namespace, task: str, splits: Splits, stimuli: Splits 
     rated = splits if task == 'affect' else stimuli
     if rated is not None and rated.target.kind == 'ratings' and batch_size < 2:
         raise DataError(f'1 - CCC needs 2 images or more a step, --batch-size {whole_batch} gives {batch_size} a '
-                        f'process and accumulation step. Use at least {2 * shares}.')
+                        f'process and accumulation step. Use at least {pairs}.')
     for shown in (splits, *([stimuli] if stimuli else [])):
         if len(shown.train) < batch_size * args.world_size:
             raise DataError(f'--batch-size {whole_batch}: {shown.name} has {len(shown.train):,} images to train on. '
