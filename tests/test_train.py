@@ -624,7 +624,8 @@ def test_a_damaged_picture_costs_no_training(run, tmp_path, folder):
     assert results[0] == results[1]
 
 
-@pytest.mark.parametrize('content', [None, '', 'epoch,train_loss,eval_loss,eval_top1,lr\n'])
+@pytest.mark.parametrize('content', [None, '', 'epoch,train_loss,eval_loss,eval_top1,lr\n',
+                                     'epoch,train_loss,eval_loss,eval_top1,lr\n\0\0\0'])
 def test_a_lost_summary_takes_no_result_with_it(run, tmp_path, folder, monkeypatch, content):
     assert run('--task', 'plain', '--dataset', folder, '--epochs', 1)[0] == 0
     for lost in ('result.json', 'summary.csv', 'curves.png'):

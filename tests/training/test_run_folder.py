@@ -7,7 +7,7 @@ import torch
 
 from timm_emoreg.files import read_json, write_text
 from timm_emoreg.training import run_folder
-from timm_emoreg.training.run_folder import BusyError, make_run
+from timm_emoreg.training.run_folder import BusyError, make_run, trim
 
 
 def test_two_runs_that_want_one_name_do_not_share_a_folder(tmp_path, monkeypatch):
@@ -38,3 +38,35 @@ def test_what_a_device_lacks_is_no_fault_of_the_folder(tmp_path):
         raise torch.OutOfMemoryError
     with pytest.raises(run_folder.WriteError, match=r'cannot be written \(no room\)'), run_folder.writing(tmp_path):
         raise RuntimeError('no room')
+
+
+HEADER = b'epoch,train_loss,eval_loss,lr\r\n'
+ROWS = b'0,2.5,,0.1\r\n', b'1,nan,1e-3,0.1\r\n', b'2,2.3,2.4,0.1\r\n'
+
+
+@pytest.mark.parametrize(('content', 'left'), [
+    ((HEADER, *ROWS), (HEADER, *ROWS[:2])),
+    ((HEADER, *ROWS[:2]), (HEADER, *ROWS[:2])),
+    ((HEADER, ROWS[0], ROWS[0][:1], b'\r\n', ROWS[1]), (HEADER, *ROWS[:2])),
+    ((HEADER, ROWS[0], bytes(9)), (HEADER, ROWS[0])),
+    ((HEADER, ROWS[0], bytes(9), b'\r\n', ROWS[1]), (HEADER, *ROWS[:2])),
+    ((HEADER, ROWS[0], b'1,2.4,2.5,0.\0\0\r\n'), (HEADER, ROWS[0])),
+    ((HEADER, ROWS[0], b'\xff\xfe,,,0.1\r\n'), (HEADER, ROWS[0])),
+    ((HEADER, ROWS[0], b'1,2.'), (HEADER, ROWS[0])),
+    ((HEADER, ROWS[0], b'1,2.4,2.5,0.'), (HEADER, ROWS[0])),  # to which the next row would be added
+    ((HEADER, ROWS[0], b'1,2.1,2.4,2.5,0.1\r\n'), (HEADER, ROWS[0])),  # as it was
+    ((HEADER, ROWS[0], b',2.4,2.5,0.1\r\n'), (HEADER, ROWS[0])),
+    ((HEADER, ROWS[0], b'1,2.4,2.5,0.1\r'), (HEADER, ROWS[0], b'1,2.4,2.5,0.1\r')),
+    ((HEADER, ROWS[2]), ()),
+    ((HEADER,), ()),
+    ((HEADER[:9],), ()),
+    ((bytes(9), b'\r\n', ROWS[0]), ()),  # without its header no row can be read
+    ((bytes(99),), ()),
+    ((), ()),
+])
+def test_a_resumed_run_keeps_the_rows_that_can_be_read_and_are_not_written_again(tmp_path, content, left):
+    summary = tmp_path / 'summary.csv'
+    summary.write_bytes(b''.join(content))
+    trim(summary, 2)
+    assert summary.read_bytes() == b''.join(left)
+    assert os.listdir(tmp_path) == ['summary.csv']

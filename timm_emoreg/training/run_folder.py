@@ -10,8 +10,6 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from timm.utils.summary import trim_summary
-
 from ..files import read_json, replacing, write_text
 from .trainable import DEVICE_ERRORS
 
@@ -104,9 +102,27 @@ def remove_empty_run(folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)  # where it cannot be written, that is the error to tell
 
 
+def _is_row_before(line: bytes, epoch: int, columns: int) -> bool:
+    """Whether a line of a summary is a whole row of an epoch before `epoch`."""
+    cells = line.split(b',')
+    if len(cells) != columns or not line.endswith((b'\r', b'\n')):  # the next row would go on in the same line
+        return False
+    try:
+        numbers = [float(cell or 'nan') for cell in cells]  # those of an epoch without validation are empty
+    except ValueError:
+        return False
+    return numbers[0] < epoch
+
+
 def trim(summary: Path, epoch: int) -> None:
-    """Drop the rows from `epoch` on, by timm's function, which a kill could interrupt with the file emptied."""
+    """Drop the rows from `epoch` on, which a resumed run writes again, and those that cannot be read.
+
+    timm's ``trim_summary`` fails at what a power loss has damaged, and a kill could interrupt it with the file emptied.
+    Where no row is left the header goes, too, and the next row writes it.
+    """
     if summary.exists():
+        header, *rows = summary.read_bytes().splitlines(keepends=True) or [b'']
+        columns = header.count(b',') + 1 if header.startswith(b'epoch,') else 0
+        kept = [row for row in rows if _is_row_before(row, epoch, columns)]
         with replacing(summary) as part:
-            shutil.copyfile(summary, part)
-            trim_summary(str(part), epoch)
+            part.write_bytes(b''.join([header, *kept] if kept else []))
