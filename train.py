@@ -591,7 +591,7 @@ def restore(args, path: Path, data: str, loop: Loop) -> int:
     if args.model_ema:
         task.load_checkpoint_state(state['state_dict_ema'], state.get('task_state_ema'), ema=True)
     loop.optimizer.load_state_dict(state['optimizer'])
-    if scaler is not None:
+    if scaler is not None and scaler.state_dict_key in state:  # not where the precision was chosen anew
         scaler.load_state_dict(state[scaler.state_dict_key])
     args.first_step, args.sums = state['args'].first_step, state['args'].sums
     args.start -= getattr(state['args'], 'seconds', 0.0)  # those of the attempts before count, too

@@ -292,6 +292,19 @@ def test_16_bit_training_resumes_in_its_precision(run, train, tmp_path, folder, 
     assert broken['seconds'] > 1000  # those of both attempts
 
 
+def test_a_precision_that_is_chosen_anew_needs_no_scaler_in_the_checkpoint(run, train, tmp_path, folder, monkeypatch):
+    monkeypatch.setattr('timm_emoreg.training.precision.faster_in', lambda *_: False)
+    with monkeypatch.context() as stopping:
+        stopping.setattr(train, 'asked_to_stop', lambda args, received: received.append(signal.SIGTERM) or True)
+        assert run('--task', 'plain', '--dataset', folder, '--epochs', 1, '--amp', '--amp-dtype', 'float16', '--opt',
+                   'sgd', '--img-size', 16)[0] == 128 + signal.SIGTERM
+    (tmp_path / 'run/plain/choices.json').unlink()  # as the message on a damaged one advises
+    monkeypatch.setattr('timm_emoreg.training.precision.faster_in', lambda *_: True)
+    status, (result,), _ = run('--resume', tmp_path / 'run')
+    assert (status, result['precision']) == (0, 'float16')
+    assert 'amp_scaler' in train.load_training_checkpoint(tmp_path / 'run/plain/last.pth.tar')
+
+
 @pytest.mark.parametrize(('old', 'attentions'), [(False, [0, 0]), (True, [0, 12])])
 def test_attention_is_chosen_once_a_stage(run, train, tmp_path, folder, monkeypatch, old, attentions):
     fused, epoch = [], train.train_epoch
