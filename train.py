@@ -402,9 +402,9 @@ def recipe_of(args, task: str, model) -> dict:
     return recipe | given | {'opt_kwargs': recipe['opt_kwargs'] | args.opt_kwargs}
 
 
-def optimizer_of(args, task: str, model, recipe: dict, epochs: int, updates: int, device):
+def optimizer_of(args, task: str, model, recipe: dict, epochs: int, updates: int, device, precision: str):
     """Optimizer and scheduler, `updates` of them an epoch."""
-    lr, opt_kwargs = recipe['lr'], fused_where_possible(recipe['opt'], device, recipe['opt_kwargs'])
+    lr, opt_kwargs = recipe['lr'], fused_where_possible(recipe['opt'], device, precision, recipe['opt_kwargs'])
     optimizer = create_optimizer_v2(model, opt=recipe['opt'], lr=lr, weight_decay=recipe['weight_decay'],
                                     momentum=args.momentum, layer_decay=args.layer_decay, **opt_kwargs)
     if task == 'emoreg' and args.affect_lr_scale != 1:
@@ -488,7 +488,7 @@ class Loop(NamedTuple):
 def loop_of(args, task_name: str, task, model, splits, recipe: dict, epochs: int, batches: int, precision: str, device,
             out: Path) -> Loop:
     updates = batches // args.grad_accum_steps
-    optimizer, scheduler = optimizer_of(args, task_name, model, recipe, epochs, updates, device)
+    optimizer, scheduler = optimizer_of(args, task_name, model, recipe, epochs, updates, device, precision)
     if (device.type == 'cpu' and precision == 'float32') or emulates_bfloat16(device):
         orthogonalize_in_float32(optimizer)
     scaler = NativeScaler(device.type) if precision == 'float16' else None

@@ -135,16 +135,22 @@ def test_the_usual_recipe(name, task, opt, recipe):
     assert tuple(found[key] for key in ('opt', 'lr', 'weight_decay', 'opt_kwargs')) == recipe
 
 
+@pytest.mark.parametrize('precision', ['bfloat16', 'float32'])
 @pytest.mark.parametrize(('opt', 'device', 'given', 'fused'), [
     ('sgd', 'cpu', {}, True), ('lookahead_adamw', 'cuda', {'betas': (0.9, 0.99)}, True), ('adam', 'cpu', {}, True),
     ('sgd', 'cpu', {'foreach': True}, None), ('adamw', 'cpu', {'fused': False}, False),
     ('adam', 'cpu', {'differentiable': True}, None), ('sgd', 'mps', {}, None), ('sgdw', 'cpu', {}, None),
     ('muon', 'cpu', dict(MUON), None)])
-def test_where_one_pass_updates_all_parameters(opt, device, given, fused):
+def test_where_one_pass_updates_all_parameters(opt, device, given, fused, precision):
     before = dict(given)
-    found = fused_where_possible(opt, torch.device(device), given)
+    found = fused_where_possible(opt, torch.device(device), precision, given)
     assert found == before | ({} if fused is None else {'fused': fused})
     assert given == before  # it is the recipe, which is shown
+
+
+@pytest.mark.parametrize('device', ['cpu', 'cuda'])
+def test_a_scaler_may_pass_over_the_first_update(device):
+    assert fused_where_possible('sgd', torch.device(device), 'float16', {}) == {}
 
 
 @pytest.mark.parametrize('opt', ['sgd', 'adam', 'adamw'])

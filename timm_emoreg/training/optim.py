@@ -53,7 +53,7 @@ def usual_recipe(model: torch.nn.Module, task: str, opt: str | None, batch_size:
     return {'opt': opt, 'lr': lr * batch_size / 128, 'weight_decay': weight_decay, 'opt_kwargs': {}}
 
 
-def fused_where_possible(opt: str, device: torch.device, opt_kwargs: dict[str, Any]) -> dict[str, Any]:
+def fused_where_possible(opt: str, device: torch.device, precision: str, opt_kwargs: dict[str, Any]) -> dict[str, Any]:
     """`opt_kwargs` with ``fused=True`` where torch can update all parameters in one pass and nothing else is asked for.
 
     The numbers are the same up to rounding. On a CPU torch's default is a loop over the parameters, which took four
@@ -62,11 +62,14 @@ def fused_where_possible(opt: str, device: torch.device, opt_kwargs: dict[str, A
     Args:
         opt: timm's name of an optimizer.
         device: Where the parameters are.
+        precision: What `choose_precision` gave. In float16 nothing changes: a gradient scaler may pass over the first
+            update, after which torch 2.14's fused SGD takes momentum that was allocated and never written.
         opt_kwargs: What it is created with; ``fused``, ``foreach`` and ``differentiable`` in it stay as they are.
     """
     asked = any(name in opt_kwargs for name in ('fused', 'foreach', 'differentiable'))  # they exclude one another
     fusible = get_optimizer_class(base_optimizer(opt), bind_defaults=False) in _FUSIBLE
-    return opt_kwargs | ({'fused': True} if fusible and not asked and device.type in ('cpu', 'cuda') else {})
+    fused = fusible and not asked and precision != 'float16' and device.type in ('cpu', 'cuda')
+    return opt_kwargs | ({'fused': True} if fused else {})
 
 
 def orthogonalize_in_float32(optimizer: Optimizer) -> None:
