@@ -11,6 +11,7 @@ import torch
 
 from timm_emoreg.data import ImageSet, Splits, Target, load_stimuli, load_target
 from timm_emoreg.data.controls import fewer_images, predict_rotation, shuffle_labels
+from timm_emoreg.training import convolution
 from timm_emoreg.training.experience import Experience, untrained_experience
 
 ONE = ImageSet([Path('a.png')] * 3, torch.arange(3), Target('class', ('a', 'b', 'c')))
@@ -82,7 +83,8 @@ def test_the_optimizer_is_the_one_that_was_asked_for(train, parsed):
                   '--layer-decay', 0.5, '--affect-lr-scale', 0.1, '--min-lr', 0.01)
     model = train.build_model(args, 'emoreg', THREE, untrained_experience())
     recipe = train.recipe_of(args, 'emoreg', model)
-    optimizer, scheduler = train.optimizer_of(args, 'emoreg', model, recipe, 2, 10)
+    optimizer, scheduler = train.optimizer_of(args, 'emoreg', model, recipe, 2, 10, torch.device('cpu'), 'float32')
+    assert {group['fused'] for group in optimizer.param_groups} == {True}
     groups = {name: group for name, p in model.named_parameters() for group in optimizer.param_groups
               if any(q is p for q in group['params'])}
     assert {group['momentum'] for group in optimizer.param_groups} == {0.8}
@@ -99,6 +101,13 @@ def test_the_optimizer_is_the_one_that_was_asked_for(train, parsed):
     assert (parsed().torchcompile, parsed('--torchcompile').torchcompile) == (None, 'inductor')
     kwargs = train.recipe_of(parsed('--opt', 'muon', '--opt-kwargs', 'ns_steps=4'), 'emoreg', model)['opt_kwargs']
     assert kwargs == {**train.MUON, 'ns_steps': 4}
+
+
+def test_convolutions_on_a_cpu_leave_out_what_meets_padding_alone(train, parsed):
+    args = parsed('--model', 'test_resnet', '--experience', 'none')
+    model = train.checked_model(args, 'emoreg', THREE, untrained_experience(), 4, 1, torch.device('cpu'), False)
+    changed = {type(m) for m in model.modules() if isinstance(m, torch.nn.Conv2d)}
+    assert changed == {convolution._Conv2d}
 
 
 def test_the_stimuli_and_images_are_those_that_were_asked_for(train, parsed):
