@@ -112,6 +112,7 @@ from timm_emoreg.training.settings import (
     check_batch,
     complete_settings,
     emoreg_args,
+    mixes_images,
     shapes_stage_1,
 )
 from timm_emoreg.training.trainable import (
@@ -493,7 +494,7 @@ def loop_of(args, task_name: str, task, model, splits, recipe: dict, epochs: int
         orthogonalize_in_float32(optimizer)
     scaler = NativeScaler(device.type) if precision == 'float16' else None
     mixup = saver = None
-    if task_name != 'affect' and max(args.mixup, args.cutmix) > 0:
+    if mixes_images(args, task_name):
         mixup = Mixup(args.mixup, args.cutmix, label_smoothing=args.smoothing, num_classes=len(splits.target))
     if is_primary(args):
         saver = CheckpointSaver(unwrap_model(model), optimizer, args=args, amp_scaler=scaler, task=task, max_history=1,

@@ -72,6 +72,13 @@ def test_a_moved_run_is_told_its_experience(run, tmp_path):
     assert (told.affect_names, told.experience_share) == (('blue', 'green', 'red'), 0.2)
 
 
+def test_where_the_backbone_came_from_is_forgotten(run, tmp_path):
+    overlay = {'pretrained_cfg_overlay': {'file': str(tmp_path / 'gone.pth'), 'num_classes': 7}}
+    found = trained_model(change(run, tmp_path / 'run', experience=str(run), model_kwargs=overlay)).model
+    assert not any(found.pretrained_cfg.get(name) for name in ('file', 'url', 'hf_hub_id'))
+    assert found.default_cfg == found.pretrained_cfg
+
+
 def test_the_form_of_the_dual_head_comes_back(run, tmp_path):
     model = timm.create_model('emoreg', backbone='test_resnet', num_classes=3, num_affect=3, small_image=True,
                               balance=0.3, modulation=False, experience='separate').eval()

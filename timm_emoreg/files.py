@@ -12,7 +12,6 @@ from pathlib import Path
 
 __all__ = ['DamagedError', 'read_json', 'replacing', 'sha256_of', 'write_text']
 
-
 LEFT_BEHIND = 3600  # seconds, more than any of these files takes: an older part is that of a killed writer
 
 

@@ -241,7 +241,6 @@ def trained_model(where: str | Path, experience: str | None = None) -> Trained:
 
 def _plain_model(where: str | Path, path: Path, args: dict[str, Any], state: dict[str, Any]) -> Trained:
     model = create_backbone(args['backbone'], num_classes=len(args.get('label_names', ())), **backbone_args(args))
-    model.pretrained_cfg = model.default_cfg = without_weights(model.pretrained_cfg)
     return _loaded(where, path, args, state, model, ())
 
 
@@ -253,9 +252,10 @@ def _loaded(where: str | Path, path: Path, args: dict[str, Any], state: dict[str
         raise CheckpointError(f'{path}: its tensors are not those of its settings '
                               f'({str(e).splitlines()[-1].strip()}). Train again.') from None
     labels = tuple(args.get('label_names', ())) if model.num_classes else ()
-    # what timm's transforms and an export of the model go by
-    model.pretrained_cfg |= {**whole_image_cfg((3, args['img_size'], args['img_size'])),
-                             'num_classes': model.num_classes, 'label_names': labels or None}
+    # what timm's transforms and an export of the model go by; where the backbone's first weights came from is not it
+    model.pretrained_cfg = model.default_cfg = {
+        **without_weights(model.pretrained_cfg), **whole_image_cfg((3, args['img_size'], args['img_size'])),
+        'num_classes': model.num_classes, 'label_names': labels or None}
     stage_2 = isinstance(model, EmoReg) and model.num_classes > 0
     experience = _stage_1_of(path, args) if stage_2 else 'none'
     return Trained(str(where), model.eval(), (args['img_size'],) * 2, affect_names, labels, args['data_dir'],

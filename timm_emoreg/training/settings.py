@@ -27,7 +27,7 @@ from ..small_image import LARGEST_SIZE, has_small_image_form
 from .optim import base_optimizer
 
 __all__ = ['LABELS_OF_STAGE_1', 'REGULATION', 'SettingsError', 'backbone_args', 'batch_of_a_step', 'check_batch',
-           'check_tag', 'complete_settings', 'emoreg_args', 'shapes_stage_1', 'unknown_model']
+           'check_tag', 'complete_settings', 'emoreg_args', 'mixes_images', 'shapes_stage_1', 'unknown_model']
 
 LABELS_OF_STAGE_1 = ('stimuli_labels', 'shuffle_stimuli_labels', 'rating_columns')
 # arguments of a timm model that have a flag of their own
@@ -392,7 +392,8 @@ def emoreg_args(settings: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     return 'emoreg', {**form, 'backbone': settings['backbone']}
 
 
-def _mixes_pairs(args: Namespace, task: str) -> bool:
+def mixes_images(args: Namespace, task: str) -> bool:
+    """Whether a stage mixes images, two at a time."""
     return task != 'affect' and max(args.mixup, args.cutmix) > 0
 
 
@@ -404,7 +405,7 @@ def _share_of_a_step(args: Namespace, task: str, whole_batch: int) -> int:
         raise DataError(f'--batch-size {whole_batch}: {args.world_size} processes with {args.grad_accum_steps} '
                         f'accumulation steps each share it out. Use at least {shares}, or a smaller '
                         '--grad-accum-steps.')
-    if _mixes_pairs(args, task) and batch_size % 2:
+    if mixes_images(args, task) and batch_size % 2:
         raise DataError(f'--mixup and --cutmix mix the images of a step in pairs, --batch-size {whole_batch} gives '
                         f'{batch_size} a process and accumulation step. Use a number that makes it even.')
     return batch_size
@@ -445,7 +446,7 @@ def batch_of_a_step(args: Namespace, task: str, splits: Splits, stimuli: Splits 
     pairs = 2 * shares
     usual = 128 if len(splits.train) >= 10_000 else 64
     # a default must be what is wrong neither with mixing nor with a small set
-    if _mixes_pairs(args, task):
+    if mixes_images(args, task):
         usual = max(usual // pairs, 1) * pairs
     whole_batch = args.batch_size or min(usual, max(fewest // pairs * pairs, 1))
     if not args.batch_size and whole_batch < shares:
