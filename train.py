@@ -69,7 +69,7 @@ from timm_emoreg.training.checkpoint import (
     resume_saver,
 )
 from timm_emoreg.training.commit import project_commit
-from timm_emoreg.training.convolution import leave_out_padding
+from timm_emoreg.training.convolution import suit_small_maps
 from timm_emoreg.training.curves import draw_curves
 from timm_emoreg.training.experience import (
     Experience,
@@ -80,6 +80,7 @@ from timm_emoreg.training.experience import (
 )
 from timm_emoreg.training.optim import (
     MUON,
+    fuse_in_memory_order,
     fused_where_possible,
     orthogonalize_in_float32,
     scale_affect_lr,
@@ -331,7 +332,7 @@ def checked_model(args, task: str, splits, experience: Experience | None, batch_
             grown = '' if size == start else f' {start}, grown to'
             check_takes(model, args.model, f'--start-img-size{grown}', size, device)
     if device.type == 'cpu':
-        leave_out_padding(model)
+        suit_small_maps(model)
     synced = args.sync_bn and args.distributed
     if batch_size == 1 and not synced:
         check_takes_one(model, args.model, start or args.img_size, device)
@@ -492,6 +493,7 @@ def loop_of(args, task_name: str, task, model, splits, recipe: dict, epochs: int
     optimizer, scheduler = optimizer_of(args, task_name, model, recipe, epochs, updates, device, precision)
     if (device.type == 'cpu' and precision == 'float32') or emulates_bfloat16(device):
         orthogonalize_in_float32(optimizer)
+    fuse_in_memory_order(optimizer)
     scaler = NativeScaler(device.type) if precision == 'float16' else None
     mixup = saver = None
     if mixes_images(args, task_name):

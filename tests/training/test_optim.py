@@ -9,6 +9,7 @@ from timm.scheduler import create_scheduler_v2
 import timm_emoreg  # noqa: F401  registers the models
 from timm_emoreg.training.optim import (
     MUON,
+    fuse_in_memory_order,
     fused_where_possible,
     orthogonalize_in_float32,
     scale_affect_lr,
@@ -153,17 +154,40 @@ def test_a_scaler_may_pass_over_the_first_update(device):
     assert fused_where_possible('sgd', torch.device(device), 'float16', {}) == {}
 
 
-@pytest.mark.parametrize('opt', ['sgd', 'adam', 'adamw'])
+@pytest.mark.parametrize('opt', ['sgd', 'adam', 'lookahead_adamw'])
 def test_one_pass_over_all_parameters_gives_the_same_numbers(opt):
     images, models = torch.randn(4, 3, 32, 32).double(), []
-    for fused in (False, True):
+    for fused, in_memory_order in ((False, False), (True, False), (True, True)):
         torch.manual_seed(0)
         model = timm.create_model('test_resnet', num_classes=3).double()
         models.append(model.to(memory_format=torch.channels_last))
         optimizer = create_optimizer_v2(model, opt=opt, lr=0.01, weight_decay=0.01, momentum=0.9, fused=fused)
         assert [group['fused'] for group in optimizer.param_groups] == [fused] * 2
+        if in_memory_order:
+            fuse_in_memory_order(optimizer)
         for _ in range(3):
             optimizer.zero_grad()
             model(images).square().sum().backward()
             optimizer.step()
-    torch.testing.assert_close(*(model.state_dict() for model in models))
+    usual, *others = (model.state_dict() for model in models)
+    for other in others:
+        torch.testing.assert_close(other, usual)
+
+
+def test_in_the_order_of_memory_no_gradient_is_copied():
+    weight = torch.nn.Parameter(torch.randn(4, 3, 3, 3).to(memory_format=torch.channels_last))
+    optimizer = torch.optim.SGD([weight], momentum=0.9, fused=True)
+    fuse_in_memory_order(optimizer)
+    for _ in range(2):
+        weight.grad = torch.randn_like(weight)
+        with torch.autograd.profiler.profile() as profile:
+            optimizer.step()
+        names = [event.name for event in profile.function_events]
+        assert 'aten::_fused_sgd_' in names
+        assert 'aten::clone' not in names  # torch 2.14 has one there otherwise
+
+
+def test_updates_that_are_not_fused_stay_as_they_are():
+    optimizer = create_optimizer_v2([torch.nn.Parameter(torch.ones(2))], opt='sgd', lr=0.1)
+    fuse_in_memory_order(optimizer)
+    assert 'step' not in vars(optimizer)

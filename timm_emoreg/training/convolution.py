@@ -1,10 +1,15 @@
-"""Convolutions in training on a CPU: weights that meet padding alone, on maps smaller than the kernel, are left out."""
+"""Convolutions in training on a CPU, of maps that are smaller than the kernel: less work, the same numbers."""
 from __future__ import annotations
 
+from functools import lru_cache
+from math import prod
+from typing import NamedTuple
+
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ['leave_out_padding', 'met_weights']
+__all__ = ['met_weights', 'suit_small_maps']
 
 
 def met_weights(size: int, kernel: int, stride: int, padding: int, dilation: int) -> tuple[int, int, int]:
@@ -29,24 +34,83 @@ def met_weights(size: int, kernel: int, stride: int, padding: int, dilation: int
     return 0, kernel, padding
 
 
+class _Grid(NamedTuple):
+    """Outputs of a convolution of maps of one size."""
+
+    size: tuple[int, int]  # of the map
+    outputs: tuple[int, int]
+    meets: tuple[tuple[tuple[slice, slice], tuple[slice, slice]], ...]  # of each output: weights, and places of the map
+
+
+@lru_cache
+def _grid(size: tuple[int, int], kernel: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int]) -> _Grid:
+    sides = []
+    for n, k, step, pad in zip(size, kernel, stride, padding, strict=True):
+        side = []
+        for start in range(-pad, n + pad - k + 1, step):  # of the kernel on the map
+            first, end = max(0, -start), min(k, n - start)
+            end = max(first, end)  # an output of padding alone meets nothing
+            side.append((slice(first, end), slice(start + first, start + end)))
+        sides.append(side)
+    meets = tuple(((top, left), (row, column)) for top, row in sides[0] for left, column in sides[1])
+    return _Grid(size, (len(sides[0]), len(sides[1])), meets)
+
+
+class _Matrix(torch.autograd.Function):
+    """The weight of a convolution, O x I x kH x kW, as the matrix of a whole map: outputs * O x H * W * I.
+
+    Its own function, as autograd would fill a gradient of the whole weight for each output and add them up.
+    """
+
+    @staticmethod
+    def forward(ctx, weight: Tensor, grid: _Grid) -> Tensor:
+        ctx.grid = grid
+        ctx.save_for_backward(weight)
+        matrix = weight.new_zeros(len(grid.meets), len(weight), *grid.size, weight.shape[1])
+        for block, (weights, places) in zip(matrix, grid.meets, strict=True):
+            block[(slice(None), *places)] = weight[(..., *weights)].permute(0, 2, 3, 1)
+        return matrix.flatten(2).flatten(0, 1)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        grid, (weight,) = ctx.grid, ctx.saved_tensors
+        whole = torch.zeros_like(weight)  # in its memory format, so that torch takes it over without a copy
+        blocks = gradient.view(len(grid.meets), len(weight), *grid.size, weight.shape[1])
+        for block, (weights, places) in zip(blocks, grid.meets, strict=True):
+            whole[(..., *weights)] += block[(slice(None), *places)].permute(0, 3, 1, 2)
+        return whole, None
+
+
 class _Conv2d(nn.Conv2d):
-    """torch's convolution, without the weights that meet padding alone."""
+    """torch's convolution, of small maps as one multiplication or without the weights that meet padding alone."""
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        sides = tuple(input.shape[-2:])
-        if all(side >= kernel for side, kernel in zip(sides, self.kernel_size, strict=True)):
+        if torch.compiler.is_compiling():  # to compile what builds the matrices took minutes
+            return super()._conv_forward(input, weight, bias)
+        size, kernel = tuple(input.shape[-2:]), self.kernel_size
+        # With one weight for each pair of a place and an output there is no more to multiply than with the kernel.
+        if self.groups == 1 and self.dilation == (1, 1) and (prod(size) == 1 or prod(size) < prod(kernel)):
+            grid = _grid(size, kernel, self.stride, self.padding)
+            if prod(grid.outputs):
+                one = kernel == (1, 1) and self.padding == (0, 0)  # place, and one output of it
+                matrix = weight.flatten(1) if one else _Matrix.apply(weight, grid)
+                bias = None if bias is None else bias.repeat(len(grid.meets))
+                outputs = F.linear(input.permute(0, 2, 3, 1).flatten(1), matrix, bias)
+                return outputs.view(len(outputs), *grid.outputs, -1).permute(0, 3, 1, 2)
+        if all(side >= k for side, k in zip(size, kernel, strict=True)):
             return super()._conv_forward(input, weight, bias)  # such a map meets all of it, unless it is dilated
         (top, bottom, rows), (left, right, columns) = map(
-            met_weights, sides, self.kernel_size, self.stride, self.padding, self.dilation)
+            met_weights, size, kernel, self.stride, self.padding, self.dilation)
         return F.conv2d(input, weight[..., top:bottom, left:right], bias, self.stride, (rows, columns), self.dilation,
                         self.groups)
 
 
-def leave_out_padding(model: nn.Module) -> None:
-    """Compute the convolutions of `model` without the weights that meet padding alone.
+def suit_small_maps(model: nn.Module) -> None:
+    """Compute the convolutions of `model` on maps that are smaller than the kernel with less work.
 
-    Outputs and gradients are the same up to rounding; such a weight has a gradient of zero either way. On images of
-    32 px the last maps of nets that were drawn for 224 px have a side of 1 or 2.
+    On images of 32 px the last maps of nets that were drawn for 224 px have a side of 1 or 2, so that most of a kernel
+    meets padding. Such a map as a whole is multiplied with one matrix; where the convolution is grouped or dilated,
+    what meets padding alone is left out. Outputs and gradients are the same up to rounding.
 
     Args:
         model: Its modules of exactly torch's ``nn.Conv2d``, padded with zeros, are changed in place; their parameters,

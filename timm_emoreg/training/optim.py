@@ -8,11 +8,12 @@ import torch
 from timm.optim import get_optimizer_class, muon
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
+from torch.overrides import TorchFunctionMode
 
 from ..emoreg import EmoReg
 
-__all__ = ['MUON', 'base_optimizer', 'fused_where_possible', 'orthogonalize_in_float32', 'scale_affect_lr',
-           'usual_recipe']
+__all__ = ['MUON', 'base_optimizer', 'fuse_in_memory_order', 'fused_where_possible', 'orthogonalize_in_float32',
+           'scale_affect_lr', 'usual_recipe']
 
 # Three steps of Jordan's coefficients (github.com/KellerJordan/cifar10-airbench) take 3/5 of the time of timm's default
 # five, and were better on validation data in the one short run tried.
@@ -67,6 +68,43 @@ def fused_where_possible(opt: str, device: torch.device, precision: str, opt_kwa
     fusible = get_optimizer_class(base_optimizer(opt), bind_defaults=False) in _FUSIBLE
     fused = fusible and not asked and precision != 'float16' and device.type in ('cpu', 'cuda')
     return opt_kwargs | ({'fused': True} if fused else {})
+
+
+class _InMemoryOrder(TorchFunctionMode):
+    """Hand torch's fused updates their tensors with the dimensions in the order in which they lie in memory."""
+
+    updates = (torch._fused_sgd_, torch._fused_adam_, torch._fused_adamw_)
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in self.updates:
+            orders = [sorted(range(p.ndim), key=p.stride, reverse=True) for p in args[0]]
+            args = [[t.permute(order) if t.ndim == len(order) else t  # else it is a count of steps
+                     for t, order in zip(tensors, orders, strict=bool(tensors))] for tensors in args]
+        return func(*args, **kwargs or {})
+
+
+def fuse_in_memory_order(optimizer: Optimizer) -> None:
+    """Let a fused update of parameters on a CPU take channels_last ones without a copy; others stay as they are.
+
+    torch 2.14's kernels copy each gradient that is not contiguous, and do not use the copy: they go through parameter,
+    gradient and averages in the order of memory, which is right where all have the same strides, as torch's backward
+    sees to. Of parameters in channels_last that copy takes two thirds of the update. Permuted, they are contiguous.
+
+    Args:
+        optimizer: Of any kind; where its groups are not ``fused``, nothing changes.
+    """
+    optimizer = getattr(optimizer, '_base_optimizer', optimizer)  # within timm's Lookahead
+    groups = optimizer.param_groups
+    if not all(group.get('fused') and p.device.type == 'cpu' for group in groups for p in group['params']):
+        return
+    step = optimizer.step
+
+    @wraps(step)
+    def step_in_memory_order(*args, **kwargs):
+        with _InMemoryOrder():
+            return step(*args, **kwargs)
+
+    optimizer.step = step_in_memory_order
 
 
 def orthogonalize_in_float32(optimizer: Optimizer) -> None:
