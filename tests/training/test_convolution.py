@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import timm_emoreg  # noqa: F401  registers the models
-from timm_emoreg.training.convolution import suit_small_maps, met_weights
+from timm_emoreg.training.convolution import met_weights, suit_small_maps
 
 
 @pytest.mark.parametrize(('size', 'kernel', 'stride', 'padding', 'dilation', 'expected'), [
@@ -60,7 +60,8 @@ def test_less_is_multiplied(monkeypatch, grouped):
     shapes = []
     for name in ('conv2d', 'linear'):
         usual = getattr(F, name)
-        monkeypatch.setattr(F, name, lambda x, w, *rest, usual=usual: shapes.append(tuple(w.shape)) or usual(x, w, *rest))
+        monkeypatch.setattr(
+            F, name, lambda x, w, *rest, usual=usual: shapes.append(tuple(w.shape)) or usual(x, w, *rest))
     for height, width in ((1, 1), (1, 2), (2, 2), (1, 12), (3, 3)):
         assert conv(torch.randn(1, 4, height, width)).shape == (1, 4, height, width)
     whole = (4, 1, 3, 3) if grouped else (4, 4, 3, 3)
