@@ -41,6 +41,7 @@ def test_what_a_device_lacks_is_no_fault_of_the_folder(tmp_path):
 
 
 HEADER = b'epoch,train_loss,eval_loss,lr\r\n'
+RATED = b'epoch,train_loss,"eval_ccc_joy, mean",lr\r\n'  # by a column of a csv of ratings, which may be called anything
 ROWS = b'0,2.5,,0.1\r\n', b'1,nan,1e-3,0.1\r\n', b'2,2.3,2.4,0.1\r\n'
 
 
@@ -57,6 +58,7 @@ ROWS = b'0,2.5,,0.1\r\n', b'1,nan,1e-3,0.1\r\n', b'2,2.3,2.4,0.1\r\n'
     ((HEADER, ROWS[0], b'1,2.1,2.4,2.5,0.1\r\n'), (HEADER, ROWS[0])),  # as it was
     ((HEADER, ROWS[0], b',2.4,2.5,0.1\r\n'), (HEADER, ROWS[0])),
     ((HEADER, ROWS[0], b'1,2.4,2.5,0.1\r'), (HEADER, ROWS[0], b'1,2.4,2.5,0.1\r')),
+    ((RATED, *ROWS), (RATED, *ROWS[:2])),
     ((HEADER, ROWS[2]), ()),
     ((HEADER,), ()),
     ((HEADER[:9],), ()),

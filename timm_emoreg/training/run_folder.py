@@ -1,6 +1,7 @@
 """Writing into the output folder of a run: as a whole or not at all, and with one kind of error."""
 from __future__ import annotations
 
+import csv
 import fcntl
 import json
 import os
@@ -102,6 +103,17 @@ def remove_empty_run(folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)  # where it cannot be written, that is the error to tell
 
 
+def _columns(header: bytes) -> int:
+    """How many columns a summary has by its first line, 0 if that is no header. The name of a rating may hold commas,
+    between quotes."""
+    if not header.startswith(b'epoch,'):
+        return 0
+    try:
+        return len(next(csv.reader([header.decode(errors='replace')])))
+    except csv.Error:
+        return 0
+
+
 def _is_row_before(line: bytes, epoch: int, columns: int) -> bool:
     """Whether a line of a summary is a whole row of an epoch before `epoch`."""
     cells = line.split(b',')
@@ -122,7 +134,7 @@ def trim(summary: Path, epoch: int) -> None:
     """
     if summary.exists():
         header, *rows = summary.read_bytes().splitlines(keepends=True) or [b'']
-        columns = header.count(b',') + 1 if header.startswith(b'epoch,') else 0
+        columns = _columns(header)
         kept = [row for row in rows if _is_row_before(row, epoch, columns)]
         with replacing(summary) as part:
             part.write_bytes(b''.join([header, *kept] if kept else []))
