@@ -171,6 +171,12 @@ def test_a_run_whose_checkpoints_are_gone_is_told_from_one_that_has_none_yet(run
     (lambda path, run: path / 'nowhere', CheckpointError, 'there is no such checkpoint'),
     (lambda path, run: torch.save({'state_dict': {}}, path / 'a.pth') or path / 'a.pth', CheckpointError,
      'train.py did not write it'),
+    # as timm's own script writes it
+    (lambda path, run: torch.save({'state_dict': {'head_affect.weight': torch.zeros(3, 2)},
+                                   'args': argparse.Namespace(model='emoreg_resnet18', img_size=64)}, path / 'a.pth')
+     or path / 'a.pth', CheckpointError, r'train\.py did not write it.*timm\.create_model\(NAME, checkpoint_path=PATH'),
+    (lambda path, run: torch.save({'state_dict': {}, 'args': None}, path / 'a.pth') or path / 'a.pth', CheckpointError,
+     'train.py did not write it'),
     (lambda path, run: torch.save({'state_dict': {}, 'args': argparse.Namespace()}, path / 'a.pth') or path / 'a.pth',
      DataError, 'has no affect response'),
     (lambda path, run: change(run, path, model='test_resnet.2', backbone='test_vit', experience=str(run)),

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -191,6 +192,12 @@ def _experience_of(checkpoint: Path, args: dict[str, Any], given: str | None) ->
                               f'which cannot be read ({e}) Name it with --experience.') from None
 
 
+def _of_no_run(path: Path) -> CheckpointError:
+    return CheckpointError(f'{path}: holds no settings of its run, so train.py did not write it. Give a run of '
+                           "train.py; a checkpoint of timm's script is loaded by timm.create_model(NAME, "
+                           'checkpoint_path=PATH).')
+
+
 def trained_model(where: str | Path, experience: str | None = None) -> Trained:
     """The model of a checkpoint of train.py, of any task.
 
@@ -207,15 +214,16 @@ def trained_model(where: str | Path, experience: str | None = None) -> Trained:
     """
     path = _find_checkpoint(Path(where))
     checkpoint = load_training_checkpoint(path)
-    if 'args' not in checkpoint:
-        raise CheckpointError(f'{path}: holds no settings of its run, so train.py did not write it. Give a run of '
-                              'train.py.')
+    if not isinstance(checkpoint.get('args'), Namespace):
+        raise _of_no_run(path)
     args = vars(checkpoint['args'])
     state = judged_state(checkpoint)
     if 'head_affect.weight' not in state:
         if args.get('task') != 'plain':
             raise _no_affect(str(path))
         return _plain_model(where, path, args, state)
+    if 'experience' not in args:  # timm's own script keeps its settings in the same place
+        raise _of_no_run(path)
     task = checkpoint.get('task_state') or {}
     if args['experience'] == 'none' and experience is None and 'affect_kind' in args:
         names, kind = args['affect_names'], args['affect_kind']
