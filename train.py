@@ -274,7 +274,9 @@ def needs_pretrained(args, task: str, splits, experience: Experience | None, res
     taught = bool(experience and experience.state_dict)
     if resumed:  # the affect response that is kept close to is in no checkpoint
         return task == 'emoreg' and args.keep_affect > 0 and not taught
-    classifier = len(splits.target) == timm.get_pretrained_cfg(args.backbone).num_classes
+    overlay = args.model_kwargs.get('pretrained_cfg_overlay') or {}  # which may name a file of other classes
+    own = overlay.get('num_classes', timm.get_pretrained_cfg(args.backbone).num_classes)
+    classifier = len(splits.target) == own
     return classifier or not taught or args.experience_share < 1 or (task == 'emoreg' and args.separate_experience)
 
 

@@ -160,6 +160,7 @@ def test_weights_of_the_backbone_that_would_be_overwritten_are_not_asked_for(tra
     flags = ('--pretrained-backbone', '--experience', 'here')
     as_many = timm.get_pretrained_cfg('test_vit').num_classes
     thousand = Target('class', tuple(map(str, range(as_many))))
+    of_a_file = ('--model-kwargs', "pretrained_cfg_overlay={'file':'a.pth','num_classes':3}")
     for call, expected in (
             (lambda: train.build_model(parsed(*flags), 'emoreg', THREE, experience), False),
             (lambda: train.build_model(parsed('--task', 'plain', *flags), 'plain', THREE, experience), False),
@@ -172,7 +173,11 @@ def test_weights_of_the_backbone_that_would_be_overwritten_are_not_asked_for(tra
             (lambda: train.build_model(parsed(*flags, '--keep-affect', 1), 'emoreg', THREE, untrained_experience(),
                                        resumed=True), True),
             (lambda: train.build_model(parsed(*flags, '--keep-affect', 1), 'affect', THREE, None, resumed=True), False),
-            (lambda: train.build_model(parsed(*flags), 'emoreg', SimpleNamespace(target=thousand), experience), True)):
+            (lambda: train.build_model(parsed(*flags), 'emoreg', SimpleNamespace(target=thousand), experience), True),
+            # the classes of a file that is named
+            (lambda: train.build_model(parsed(*flags, *of_a_file), 'emoreg', THREE, experience), True),
+            (lambda: train.build_model(parsed(*flags, *of_a_file), 'emoreg', SimpleNamespace(target=thousand),
+                                       experience), False)):
         asked.clear()
         call()
         assert asked == [expected]
