@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from timm_emoreg.data import DataError, ImageSet, Splits, Target
+from timm_emoreg.data.loader import make_loader
+from timm_emoreg.data.progressive import ProgressiveLoader
 from timm_emoreg.training.settings import batch_of_a_step
 
 
@@ -117,7 +119,6 @@ from timm_emoreg.training.settings import batch_of_a_step
     (('--model', 'resnet18.foo'), "--model resnet18.foo: resnet18 has no tag 'foo'. Known: a1_in1k, "),
     (('--torchcompile', 'foo'), 'argument --torchcompile: expected a backend of torch.compile (cudagraphs, inductor, '),
     (('--cutout', '32', '--img-size', '32'), '--cutout 32: would leave nothing of images of 32 px. Choose a smaller'),
-    (('--cutout', '16', '--start-img-size', '16'), '--cutout 16: would leave nothing of images of 16 px'),
     (('--layer-decay', '5'), '--layer-decay: expected a number above 0, up to 1, got 5'),
     (('--momentum', '3'), '--momentum: expected a number from 0 to below 1, got 3'),
     (('--experiment', '../x'), '--experiment ../x: names a folder in --output, and is no path'),
@@ -185,6 +186,17 @@ def test_the_usual_batch_has_pairs_to_mix_in_every_share(images, shares, batch, 
 def test_size_and_form_follow_from_the_set_and_the_backbone(train, argv, size, small_image):
     args = train.parse_args(['--model', 'test_resnet', *argv])
     assert (args.img_size, args.small_image) == (size, small_image)
+
+
+def test_a_square_is_cut_out_before_images_are_shrunk(train):
+    args = train.parse_args(['--model', 'test_resnet', '--cutout', '16', '--start-img-size', '16'])
+    pixels = np.full((4, 32, 32, 3), 255, np.uint8)
+    images = ImageSet(pixels, torch.arange(4), Target('class', tuple('abcd')))
+    loader = make_loader(images, (32, 32), 4, {'mean': (0.0,) * 3, 'std': (1.0,) * 3}, training=True, kind='resident',
+                         flip='none', cutout=args.cutout)
+    (x, _), = ProgressiveLoader(loader, args.start_img_size, epochs=3)
+    assert x.shape[-1] == 16
+    assert (x > 0.9).float().mean(dim=(1, 2, 3)).min() > 0.7  # a square of half the side, and its blurred border
 
 
 def test_rated_stimuli_of_a_rehearsal_need_two_a_step():

@@ -101,10 +101,9 @@ def complete_settings(args: Namespace, given: Collection[str]) -> Namespace:
         if timm.get_pretrained_cfg(args.backbone).fixed_input_size:
             raise SettingsError(f'--start-img-size {args.start_img_size}: {args.backbone} takes images of one size '
                                 'only. Leave it out, or use a --model that takes any, such as a ResNet.')
-    least = args.start_img_size or args.img_size
-    if args.cutout >= least:
-        raise SettingsError(f'--cutout {args.cutout}: would leave nothing of images of {least} px. Choose a smaller '
-                            'square.')
+    if args.cutout >= args.img_size:  # smaller images of --start-img-size are shrunk with their square
+        raise SettingsError(f'--cutout {args.cutout}: would leave nothing of images of {args.img_size} px. Choose a '
+                            'smaller square.')
     if args.small_image is None:
         args.small_image = args.img_size <= LARGEST_SIZE and has_small_image_form(args.backbone)
     stamp = datetime.now().strftime('%Y%m%d-%H%M%S')
