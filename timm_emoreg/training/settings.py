@@ -293,7 +293,7 @@ def _try_optimizer(args: Namespace, device: str) -> None:
     weight = torch.nn.Parameter(torch.ones(8, 8, device=device))
     weight.grad = torch.ones_like(weight)
     create_optimizer_v2([weight], opt=args.opt, lr=1.0, momentum=args.momentum, weight_decay=0.1,
-                        **args.opt_kwargs).step()
+                        layer_decay=args.layer_decay, **args.opt_kwargs).step()
 
 
 def _check_recipe(args: Namespace) -> None:
