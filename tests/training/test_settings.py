@@ -102,6 +102,7 @@ from timm_emoreg.training.settings import batch_of_a_step
     (('--warmup-lr', '1.5'), '--warmup-lr: expected a number from 0 to 1, got 1.5'),
     (('--no-amp', '--amp-dtype', 'float16'), '--amp-dtype float16: has no effect with --no-amp. Leave one of them'),
     (('--model-ema-decay', '2'), '--model-ema-decay: expected a number from 0 to below 1, got 2'),
+    (('--model-kwargs', 'global_pool='), '--model-kwargs global_pool=: leaves no pooled vector for the classes'),
     (('--model-kwargs', 'drop_rate=0.5'), '--model-kwargs drop_rate=0.5: use --drop instead'),
     (('--model-kwargs', 'img_size=64'), '--model-kwargs img_size=64: use --img-size instead'),
     (('--model-kwargs', 'in_chans=1'), '--model-kwargs in_chans=1: all images are trained on as RGB'),

@@ -192,6 +192,9 @@ def _check_model(args: Namespace) -> None:
     check_tag(args.model)
     if args.model_kwargs.get('features_only'):
         raise SettingsError('--model-kwargs features_only=True: gives feature maps, and no classes. Leave it out.')
+    if args.model_kwargs.get('global_pool') == '':
+        raise SettingsError('--model-kwargs global_pool=: leaves no pooled vector for the classes to read. Name a '
+                            'pooling, or leave it out.')
     for name, own in OWN_FLAGS.items():
         if name in args.model_kwargs:
             raise SettingsError(f'--model-kwargs {name}={args.model_kwargs[name]}: use {own} instead, or leave it out.')
