@@ -190,6 +190,12 @@ def test_size_and_form_follow_from_the_set_and_the_backbone(train, argv, size, s
     assert (args.img_size, args.small_image) == (size, small_image)
 
 
+def test_no_experience_is_none_beside_a_folder_of_that_name(train, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'none').mkdir()
+    assert train.parse_args(['--experience', 'none']).experience == 'none'
+
+
 def test_a_square_is_cut_out_before_images_are_shrunk(train):
     args = train.parse_args(['--model', 'test_resnet', '--cutout', '16', '--start-img-size', '16'])
     pixels = np.full((4, 32, 32, 3), 255, np.uint8)

@@ -77,7 +77,7 @@ def complete_settings(args: Namespace, given: Collection[str]) -> Namespace:
     for name in ('experience', 'stimuli', 'stimuli_labels', 'dataset', 'data_dir', 'experiment', 'opt'):
         if getattr(args, name) == '':  # a variable of the shell that is not set
             raise SettingsError(f'{flag(name)}: is empty. Give a value, or leave it out.')
-    for name, known in (('data_dir', ()), ('experience', ()), ('stimuli', STIMULI), ('dataset', TARGETS)):
+    for name, known in (('data_dir', ()), ('experience', ('none',)), ('stimuli', STIMULI), ('dataset', TARGETS)):
         if (value := getattr(args, name)) is not None:  # a resumed run may have another working directory
             parts = stimuli_parts(value) if name == 'stimuli' else (value,)
             setattr(args, name, '+'.join(absolute(part, known) for part in parts))
