@@ -186,6 +186,12 @@ def test_stage_2_has_the_form_of_stage_1(known, model, kwargs, message):
     assert message in str(error.value)
 
 
+def test_a_link_to_stage_1_is_as_finished_as_its_run(trained_run, tmp_path):
+    link = tmp_path / 'stage 1.pth.tar'
+    link.symlink_to(trained_run / 'affect/model_best.pth.tar')
+    assert find_experience(str(link)).unfinished == ''
+
+
 def test_what_stage_1_was_built_with_is_known_of_runs_and_weights(trained_run):
     assert find_experience(str(trained_run)).model_kwargs == {}
     assert find_experience('emoreg_resnet18.emoji').model_kwargs == {}

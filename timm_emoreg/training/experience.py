@@ -126,7 +126,8 @@ def _from_checkpoint(path: Path) -> Experience:
         shown = {name: getattr(args, name) for name in STIMULI_SETTINGS if getattr(args, name) is not None}
         shown.setdefault('stimuli', 'emoji')
     unfinished = ''
-    if (path.resolve().parent.parent / 'args.json').is_file() and not (path.parent / 'result.json').is_file():
+    folder = path.resolve().parent  # that of the run, also where a link leads to its checkpoint
+    if (folder.parent / 'args.json').is_file() and not (folder / 'result.json').is_file():
         unfinished = f'; its training was not finished, this is epoch {checkpoint["epoch"] + 1}'
     return Experience(str(path), judged_state(checkpoint), answers.affect_kind, len(answers), answers.names,
                       getattr(args, 'backbone', ''), getattr(args, 'small_image', None), unfinished,
