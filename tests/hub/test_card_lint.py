@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 import yaml
 from huggingface_hub import ModelCard
 
@@ -64,3 +65,12 @@ def test_snippets_run_by_themselves():
         run_snippets(text)
     with pytest.raises(RuntimeError, match='snippet 2 fails: NameError'):  # nothing is left from the first
         run_snippets(text, {'HERE': 'math.pi'})
+
+
+def test_a_snippet_meets_what_those_before_it_have_changed_of_torch():
+    """As in the notebook of a reader, who does not start anew between two blocks of a card."""
+    text = ('```python\nimport torch\ntorch.set_grad_enabled(False)\n```\n\n'
+            '```python\nimport torch\nassert torch.is_grad_enabled()\n```\n')
+    with pytest.raises(RuntimeError, match='snippet 2 fails: AssertionError'):
+        run_snippets(text)
+    assert torch.is_grad_enabled()  # here, though

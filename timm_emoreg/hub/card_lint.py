@@ -105,6 +105,8 @@ def lint_card(text: str, weight: Weight) -> list[str]:
 def run_snippets(text: str, replacing: dict[str, str] | None = None) -> list[str]:
     """Run each Python block of a card by itself and give what each printed.
 
+    Names are a block's own; what it changes of torch, the following ones meet, as in a reader's session.
+
     Args:
         text: The card.
         replacing: Strings to exchange first, such as the Hub's name of a model that is not published yet.
@@ -113,18 +115,19 @@ def run_snippets(text: str, replacing: dict[str, str] | None = None) -> list[str
         RuntimeError: If a block fails; the message names it.
     """
     printed = []
-    for number, block in enumerate(snippets(text), 1):
-        for old, new in (replacing or {}).items():
-            block = block.replace(old, new)
-        out = io.StringIO()
-        grad = torch.is_grad_enabled()
-        try:
-            with contextlib.redirect_stdout(out), warnings.catch_warnings():
-                warnings.simplefilter('ignore')  # a snippet may ask for new heads, and says so
-                exec(compile(block, f'snippet {number}', 'exec'), {'__name__': '__main__'})
-        except Exception as e:
-            raise RuntimeError(f'snippet {number} fails: {type(e).__name__}: {e}') from e
-        finally:
-            torch.set_grad_enabled(grad)
-        printed.append(out.getvalue())
+    grad = torch.is_grad_enabled()
+    try:
+        for number, block in enumerate(snippets(text), 1):
+            for old, new in (replacing or {}).items():
+                block = block.replace(old, new)
+            out = io.StringIO()
+            try:
+                with contextlib.redirect_stdout(out), warnings.catch_warnings():
+                    warnings.simplefilter('ignore')  # a snippet may ask for new heads, and says so
+                    exec(compile(block, f'snippet {number}', 'exec'), {'__name__': '__main__'})
+            except Exception as e:
+                raise RuntimeError(f'snippet {number} fails: {type(e).__name__}: {e}') from e
+            printed.append(out.getvalue())
+    finally:
+        torch.set_grad_enabled(grad)
     return printed

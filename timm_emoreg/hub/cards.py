@@ -130,19 +130,21 @@ def _choice(weight: Weight) -> str:
 
 def _snippets(weight: Weight) -> tuple[str, str]:
     name = weight.name if weight.embedded else f'hf-hub:{weight.hub_id}'
-    show = """
-response = model.forward_affect(x)[0]"""
-    if weight.model_args['affect_kind'] == 'emotion':
-        show += '.softmax(dim=0)'
-    show += f"""
-for name, value in zip({list(weight.affect_names)}, response.tolist()):
-    print(f'{{name}}: {{value:.2f}}')"""
     if weight.target:
         show = """
+with torch.no_grad():
+    answer = model(x)[0].softmax(dim=0)
+    z, z_emo, affect, balance = model.forward_responses(x)  # what the answer is made of
 names = model.pretrained_cfg['label_names']
-for p, i in zip(*model(x)[0].softmax(dim=0).topk(3)):
-    print(f'{names[i]}: {p:.2f}')
-z, z_emo, affect, balance = model.forward_responses(x)  # what the answer is made of"""
+for p, i in zip(*answer.topk(3)):
+    print(f'{names[i]}: {p:.2f}')"""
+    else:
+        state = '.softmax(dim=0)' * (weight.model_args['affect_kind'] == 'emotion')
+        show = f"""
+with torch.no_grad():
+    response = model.forward_affect(x)[0]{state}
+for name, value in zip({list(weight.affect_names)}, response.tolist()):
+    print(f'{{name}}: {{value:.2f}}')"""
     use = f"""import timm
 import timm_emoreg  # registers the models
 import torch
@@ -152,7 +154,6 @@ model = timm.create_model('{name}', pretrained=True).eval()
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
 image = Image.new('RGB', (64, 64), 'orange')  # your image
 x = transform(image).unsqueeze(0)
-torch.set_grad_enabled(False)
 {show.strip()}"""
     tune = f"""import timm
 import timm_emoreg  # registers the models
