@@ -1,5 +1,6 @@
 """Importing the package: what it registers, what it leaves alone, and the one thing that can be wrong with it."""
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -55,3 +56,13 @@ def test_a_torchvision_that_does_not_fit_is_named_with_the_remedy(tmp_path):
     assert last.startswith('ImportError: torch ')
     assert 'do not fit each other (operator torchvision::nms does not exist)' in last
     assert last.endswith('pip install --force-reinstall torch torchvision')
+
+
+def test_the_licence_of_the_package_names_all_that_its_notice_does():
+    project = (ROOT / 'pyproject.toml').read_text(encoding='utf-8')
+    licences = set(re.search(r'^license = "(.*?)"', project, re.MULTILINE)[1].split(' AND '))
+    notice = (ROOT / 'timm_emoreg/assets/NOTICE').read_text(encoding='utf-8')
+    spelled = {'Apache License 2.0': 'Apache-2.0', 'CC-BY 4.0': 'CC-BY-4.0', 'CC BY-SA 4.0': 'CC-BY-SA-4.0',
+               'MIT': 'MIT', 'Unicode License v3': 'Unicode-3.0'}
+    told = {re.search('|'.join(spelled), line)[0] for line in re.findall(r'^ +Licence: .*', notice, re.MULTILINE)}
+    assert {spelled[name] for name in told} == licences
