@@ -10,6 +10,7 @@ from timm_emoreg import zoo
 from timm_emoreg.hub.card_lint import lint_card
 from timm_emoreg.hub.cards import make_card, make_config, make_table, rounded_up
 from timm_emoreg.hub.command import check
+from timm_emoreg.hub.finished_runs import ROOT
 from timm_emoreg.hub.terms import licence_terms
 
 
@@ -26,6 +27,8 @@ def weight(request, make_record):
 
 @pytest.mark.parametrize('name', sorted(zoo.WEIGHTS))
 def test_released_weights_are_good(name):
+    if not (ROOT / 'hub_cards').is_dir():
+        pytest.skip('the cards are not part of a source distribution')
     assert check(name) == []
 
 
