@@ -18,8 +18,8 @@ from .regulation import regulate
 from .trained import Trained
 from .training.trainable import brief
 
-__all__ = ['Answers', 'Changes', 'affect_gradient', 'answer', 'changed_answers', 'check_device', 'class_affect',
-           'describe_image', 'describe_set', 'largest_error', 'top_classes']
+__all__ = ['BATCH', 'Answers', 'Changes', 'affect_gradient', 'answer', 'changed_answers', 'check_device',
+           'class_affect', 'describe_image', 'describe_set', 'largest_error', 'top1', 'top_classes']
 
 BATCH = 64
 TOP = 5  # classes of an image that are told and drawn

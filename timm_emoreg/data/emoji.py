@@ -36,8 +36,8 @@ from .choices import unknown_choice
 from .sets import DataError, ImageSet, Splits, Target
 from .splitting import group_split
 
-__all__ = ['Emoji', 'emoji_index', 'emoji_pictures', 'load_emoji_objects', 'load_emoji_stimuli', 'object_parts',
-           'stimulus_parts']
+__all__ = ['CELL', 'SIZE', 'Emoji', 'emoji_index', 'emoji_pictures', 'load_emoji_objects', 'load_emoji_stimuli',
+           'object_parts', 'stimulus_parts']
 
 SIZE = 64
 CELL = 80  # a tile and one WebP macroblock of background in the mosaics: no colour reaches the next tile

@@ -15,9 +15,9 @@ from ..data.duplicates import check_unseen
 from ..files import replacing
 from ..training.settings import REGULATION
 
-__all__ = ['ARMS', 'COLUMNS', 'DUAL_HEAD_FLAGS', 'RESERVED', 'Arm', 'Ratings', 'Run', 'StudyError', 'data_digests',
-           'images_seen', 'parse_arm', 'plan', 'rating_flags', 'read_rows', 'read_runs', 'recipe', 'short_name',
-           'write_rows']
+__all__ = ['ARMS', 'COLUMNS', 'DUAL_HEAD_FLAGS', 'LABELS', 'RESERVED', 'STAGE_1_FLAGS', 'Arm', 'Ratings', 'Run',
+           'StudyError', 'data_digests', 'images_seen', 'parse_arm', 'plan', 'rating_flags', 'read_rows', 'read_runs',
+           'recipe', 'short_name', 'write_rows']
 
 
 class StudyError(ValueError):

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from timm.utils import ParseKwargs
 
-__all__ = ['NamedValues', 'above', 'at_least', 'compiler_backend', 'share', 'within']
+__all__ = ['NamedValues', 'above', 'at_least', 'compiler_backend', 'share', 'up_to', 'within']
 
 LARGEST = 3.4e38  # that torch's 32-bit numbers hold
 
