@@ -204,7 +204,7 @@ def test_a_square_is_cut_out_before_images_are_shrunk(train):
                          flip='none', cutout=args.cutout)
     (x, _), = ProgressiveLoader(loader, args.start_img_size, epochs=3)
     assert x.shape[-1] == 16
-    assert (x > 0.9).float().mean(dim=(1, 2, 3)).min() > 0.7  # a square of half the side, and its blurred border
+    assert 0.7 < x.mean(dim=(1, 2, 3)).min() < 0.9  # a square of half the side, which takes a quarter at most
 
 
 def test_rated_stimuli_of_a_rehearsal_need_two_a_step():
