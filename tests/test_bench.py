@@ -153,6 +153,21 @@ def test_attention_is_compared_only_where_train_chooses_the_plain_one(args, monk
         list(bench.attention(args))
 
 
+def test_convolutions_are_compared_where_train_changes_them(args, monkeypatch):
+    monkeypatch.setattr(bench, 'STOCK_NETS', ('test_resnet',))
+    sides = []
+    monkeypatch.setattr(bench, 'training', lambda model, *_: sides.append(
+        {type(m) for m in model.modules() if isinstance(m, torch.nn.Conv2d)}) or int)
+    figure, = bench.convolution(args)
+    assert figure.name == 'training step, convolutions of small maps: test_resnet, stock stem, 32 px, batch 64'
+    ours, timms = sides
+    assert timms == {torch.nn.Conv2d}
+    assert torch.nn.Conv2d not in ours
+    args.device = torch.device('cuda')
+    with pytest.raises(bench.Skipped, match=r'on cuda train\.py uses those of torch'):
+        list(bench.convolution(args))
+
+
 SCRIPT = """
 import sys
 assert sys.argv[sys.argv.index('--model') + 1] == 'resnet18', sys.argv

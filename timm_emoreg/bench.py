@@ -35,6 +35,7 @@ from .fold import fold
 from .small_image import LARGEST_SIZE
 from .task import EmoRegTask
 from .training.attention import choose_attention, fused_attentions, use_plain_attention
+from .training.convolution import suit_small_maps
 from .training.optim import orthogonalize_in_float32
 from .training.precision import autocast_in, choose_precision
 
@@ -44,6 +45,7 @@ TRAIN = Path(__file__).parents[1] / 'train.py'  # of a checkout; an installed pa
 # backbone, size, batch, small-image form
 NETS = {'cpu': [('resnet18', 32, 128, True), ('vit_tiny_patch16_224', 32, 128, True)],
         'cuda': [('resnet50', 224, 128, False), ('vit_base_patch16_224', 224, 64, False)]}
+STOCK_NETS = ('resnet18', 'resnet50', 'efficientnet_b0')  # drawn for 224 px
 CIFAR = {'mean': (0.491, 0.482, 0.447), 'std': (0.247, 0.243, 0.262)}
 
 
@@ -281,6 +283,21 @@ def attention(args: argparse.Namespace) -> Iterator[Measurement]:
         raise Skipped(f'on {args.device} in {args.precision} train.py uses attention as timm has it')
 
 
+# -- convolution -------------------------------------------------------------------------------------------------------
+
+
+def convolution(args: argparse.Namespace) -> Iterator[Measurement]:
+    """A training step at 32 px of nets drawn for 224 px, with the convolutions that train.py has, beside torch's."""
+    if args.device.type != 'cpu':
+        raise Skipped(f'on {args.device} train.py uses those of torch')
+    for backbone in STOCK_NETS:
+        ours, usual = (build(False, backbone, 32, False) for _ in range(2))
+        suit_small_maps(ours)
+        calls = [training(model, 32, 64, args) for model in (ours, usual)]
+        yield Measurement(f'training step, convolutions of small maps: {backbone}, stock stem, 32 px, batch 64', 's',
+                          compare(*calls, args.rounds), 'at most 1')
+
+
 # -- train, startup, import, compile: in processes of their own --------------------------------------------------------
 
 
@@ -409,8 +426,8 @@ def compile_(args: argparse.Namespace) -> Iterator[Measurement | str]:
 
 # -- the command -------------------------------------------------------------------------------------------------------
 
-BENCHES = {'step': step, 'loader': loader, 'muon': muon, 'attention': attention, 'train': train, 'startup': startup,
-           'import': import_, 'compile': compile_}
+BENCHES = {'step': step, 'loader': loader, 'muon': muon, 'attention': attention, 'convolution': convolution,
+           'train': train, 'startup': startup, 'import': import_, 'compile': compile_}
 
 
 def machine(device: torch.device) -> str:
