@@ -269,7 +269,8 @@ def test_the_command_prints_and_writes_what_was_measured_and_what_was_not(monkey
 
 
 @pytest.mark.parametrize(('argv', 'message'), [
-    (['steps'], 'steps: unknown, expected one of step, loader, muon, attention, train, startup, import, compile.'),
+    (['steps'], 'steps: unknown, expected one of step, loader, muon, attention, convolution, train, startup, import, '
+     'compile.'),
     (['--rounds', '0'], '--rounds 0: at least 1 is needed.'),
     (['--timm-train', '/nowhere/train.py'], '/nowhere/train.py: there is no such file or folder.'),
     (['--json', '/nowhere/out.json'], '/nowhere: there is no such file or folder.'),

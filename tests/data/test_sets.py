@@ -119,6 +119,17 @@ def test_decoder_errors_of_any_type_become_data_errors(tmp_path, monkeypatch):
         read_picture(tmp_path / 'a.png')
 
 
+def test_that_memory_is_full_is_no_fault_of_a_file(tmp_path, monkeypatch):
+    Image.new('RGB', (2, 2)).save(tmp_path / 'a.png')
+
+    def fail(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(Image.Image, 'convert', fail)
+    with pytest.raises(MemoryError):
+        read_picture(tmp_path / 'a.png')
+
+
 def test_splits_summary_and_empty_part():
     data = colour_set()
     splits = Splits('toy', data, data.subset([0]), data.subset([1, 2]), 'free')

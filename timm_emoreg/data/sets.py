@@ -80,6 +80,8 @@ def read_picture(path: Path, mode: str = 'RGB') -> Image.Image:
             return image.convert(mode)
     except FileNotFoundError:
         raise ImageError(f'{path}: the image is missing. Restore it.') from None
+    except MemoryError:  # no fault of the file
+        raise
     except Exception as e:  # damaged bytes make Pillow's decoders raise many types, RuntimeError from AVIF among them
         raise ImageError(f'{path}: not a readable image ({e}). Put a readable one in its place.') from None
 
