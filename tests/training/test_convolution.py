@@ -64,6 +64,8 @@ def test_less_is_multiplied(monkeypatch, grouped):
             F, name, lambda x, w, *rest, usual=usual: shapes.append(tuple(w.shape)) or usual(x, w, *rest))
     for height, width in ((1, 1), (1, 2), (2, 2), (1, 12), (3, 3)):
         assert conv(torch.randn(1, 4, height, width)).shape == (1, 4, height, width)
+    assert conv(torch.randn(0, 4, 1, 1)).shape == (0, 4, 1, 1)
+    shapes.pop()
     whole = (4, 1, 3, 3) if grouped else (4, 4, 3, 3)
     part = (*whole[:2], 1, 3)  # of the kernel, what meets a map of one row
     small = [(*whole[:2], 1, 1), part, whole] if grouped else [(4, 4), (8, 8), (16, 16)]

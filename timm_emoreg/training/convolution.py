@@ -75,7 +75,7 @@ class _Matrix(torch.autograd.Function):
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
         grid, (weight,) = ctx.grid, ctx.saved_tensors
         whole = torch.zeros_like(weight)  # in its memory format, so that torch takes it over without a copy
-        blocks = gradient.view(len(grid.meets), len(weight), *grid.size, weight.shape[1])
+        blocks = gradient.reshape(len(grid.meets), len(weight), *grid.size, weight.shape[1])
         for block, (weights, places) in zip(blocks, grid.meets, strict=True):
             whole[(..., *weights)] += block[(slice(None), *places)].permute(0, 3, 1, 2)
         return whole, None
@@ -96,7 +96,7 @@ class _Conv2d(nn.Conv2d):
                 matrix = weight.flatten(1) if one else _Matrix.apply(weight, grid)
                 bias = None if bias is None else bias.repeat(len(grid.meets))
                 outputs = F.linear(input.permute(0, 2, 3, 1).flatten(1), matrix, bias)
-                return outputs.view(len(outputs), *grid.outputs, -1).permute(0, 3, 1, 2)
+                return outputs.view(len(outputs), *grid.outputs, len(weight)).permute(0, 3, 1, 2)
         if all(side >= k for side, k in zip(size, kernel, strict=True)):
             return super()._conv_forward(input, weight, bias)  # such a map meets all of it, unless it is dilated
         (top, bottom, rows), (left, right, columns) = map(
