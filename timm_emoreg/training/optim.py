@@ -88,7 +88,7 @@ def fuse_in_memory_order(optimizer: Optimizer) -> None:
 
     torch 2.14's kernels copy each gradient that is not contiguous, and do not use the copy: they go through parameter,
     gradient and averages in the order of memory, which is right where all have the same strides, as torch's backward
-    sees to. Of parameters in channels_last that copy takes two thirds of the update. Permuted, they are contiguous.
+    sees to. Permuted, those in channels_last are contiguous, too.
 
     Args:
         optimizer: Of any kind; where its groups are not ``fused``, nothing changes.
