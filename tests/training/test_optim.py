@@ -154,7 +154,7 @@ def test_a_scaler_may_pass_over_the_first_update(device):
     assert fused_where_possible('sgd', torch.device(device), 'float16', {}) == {}
 
 
-@pytest.mark.parametrize('opt', ['sgd', 'adam', 'lookahead_adamw'])
+@pytest.mark.parametrize('opt', ['sgd', 'adam', 'adamw', 'lookahead_adamw'])
 def test_one_pass_over_all_parameters_gives_the_same_numbers(opt):
     images, models = torch.randn(4, 3, 32, 32).double(), []
     for fused, in_memory_order in ((False, False), (True, False), (True, True)):

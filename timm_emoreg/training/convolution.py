@@ -92,8 +92,8 @@ class _Conv2d(nn.Conv2d):
         if self.groups == 1 and self.dilation == (1, 1) and (prod(size) == 1 or prod(size) < prod(kernel)):
             grid = _grid(size, kernel, self.stride, self.padding)
             if prod(grid.outputs):
-                one = kernel == (1, 1) and self.padding == (0, 0)  # place, and one output of it
-                matrix = weight.flatten(1) if one else _Matrix.apply(weight, grid)
+                pointwise = kernel == (1, 1) and self.padding == (0, 0)  # of one place, so the weight is the matrix
+                matrix = weight.flatten(1) if pointwise else _Matrix.apply(weight, grid)
                 bias = None if bias is None else bias.repeat(len(grid.meets))
                 outputs = F.linear(input.permute(0, 2, 3, 1).flatten(1), matrix, bias)
                 return outputs.view(len(outputs), *grid.outputs, len(weight)).permute(0, 3, 1, 2)
