@@ -854,6 +854,12 @@ def test_a_checkpoint_of_another_form_is_one_error(backbone, theirs, ours, found
         wrapped.load_state_dict({f'module.{name}': tensor for name, tensor in state.items()})
 
 
+def test_a_checkpoint_with_a_number_for_a_vector_is_of_another_form():
+    state = {**create().state_dict(), 'head.bias': torch.tensor(1.0)}
+    with pytest.raises(RuntimeError, match=r"its 'head\.bias' has the shape \(\), the model needs \(\d+,\)"):
+        create().load_state_dict(state)
+
+
 @both
 def test_a_checkpoint_of_the_plain_backbone_is_told_how_to_be_loaded(backbone, tmp_path):
     plain = plain_model(backbone)

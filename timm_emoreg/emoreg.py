@@ -520,8 +520,9 @@ class EmoReg(nn.Module):
         if different is None or 'head_affect.weight' not in shapes:  # without it, it is no checkpoint of an EmoReg
             return
         part = different.split('.')[0]
-        argument = {'head_affect': f'num_affect={shapes[different][0]}', 'backbone': 'small_image or img_size',
-                    'head': f'num_classes={shapes[different][0]}'}.get(part.removesuffix('_emo'), part)
+        outputs = next(iter(shapes[different]), 1)
+        argument = {'head_affect': f'num_affect={outputs}', 'backbone': 'small_image or img_size',
+                    'head': f'num_classes={outputs}'}.get(part.removesuffix('_emo'), part)
         architecture = (getattr(self, 'pretrained_cfg', None) or {}).get('architecture')
         weights = [weight.name for weight in zoo.WEIGHTS.values() if weight.architecture == architecture]
         named = f"; if it was trained from a released weight, by that one's name: {', '.join(weights)}"

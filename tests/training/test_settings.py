@@ -109,6 +109,7 @@ from timm_emoreg.training.settings import batch_of_a_step
     (('--model-kwargs', 'x={1,2}'), '--model-kwargs x={1, 2}: cannot be kept with the settings'),
     (('--opt', 'adamw', '--opt-kwargs', 'weight_decay=0.1'), '--opt adamw, --opt-kwargs weight_decay=0.1: '),
     (('--opt', 'adamw', '--opt-kwargs', 'layer_decay=0.7'), '--opt adamw, --opt-kwargs layer_decay=0.7: '),
+    (('--opt', 'sgd', '--opt-kwargs', 'param_group_fn=x'), '--opt-kwargs param_group_fn=x: param_group_fn is a '),
     (('--opt', 'muon', '--opt-kwargs', 'ns_steps=abc'), '--opt muon, --opt-kwargs ns_steps=abc: '),
     (('--opt', 'lookahead_adahessian'), 'adahessian: needs second derivatives, which train.py does not compute'),
     (('--opt', 'bnbadamw', '--device', 'cpu'), '--opt bnbadamw: '),

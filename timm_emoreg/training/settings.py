@@ -308,6 +308,9 @@ def _check_recipe(args: Namespace) -> None:
                                 'numbers, strings and lists.') from e
     if args.opt_kwargs and not args.opt:
         raise SettingsError(f'--opt-kwargs {args.opt_kwargs}: belong to one optimizer. Give --opt, too.')
+    if 'param_group_fn' in args.opt_kwargs:
+        raise SettingsError(f'{flag("opt_kwargs", args.opt_kwargs)}: param_group_fn is a function, which no flag can '
+                            'name. Leave it out.')
     if args.opt:
         base = base_optimizer(args.opt)
         if base in list_optimizers() and get_optimizer_info(base).second_order:
