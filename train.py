@@ -69,7 +69,7 @@ from timm_emoreg.training.checkpoint import (
     resume_saver,
 )
 from timm_emoreg.training.commit import project_commit
-from timm_emoreg.training.convolution import suit_small_maps
+from timm_emoreg.training.convolution import choose_convolution, suit_small_maps, use_columns
 from timm_emoreg.training.curves import draw_curves
 from timm_emoreg.training.experience import (
     Experience,
@@ -363,13 +363,15 @@ def build_task(args, task_name: str, model, splits, device, stimuli):
 
 
 def choose(args, model, splits, stimuli, device, out: Path) -> dict[str, str]:
-    """Precision, attention and loaders for this machine here and now, chosen once and kept for resumes."""
+    """Precision, attention, convolution and loaders for this machine here and now, chosen once and kept for resumes."""
     def choices() -> dict[str, str]:
         size = (args.img_size, args.img_size)
         precision = choose_precision(device, args.amp_dtype if args.amp else None)
         attention = choose_attention(model, device, precision, args.img_size)
+        convolution = choose_convolution(model, device, precision)
+        kernels = {name: kind for name, kind in (('attention', attention), ('convolution', convolution)) if kind}
         shown = {'loader': splits} | ({'stimuli_loader': stimuli} if stimuli else {})
-        return {'precision': precision} | ({'attention': attention} if attention else {}) | {
+        return {'precision': precision} | kernels | {
             name: choose_kind(len(one.train), size, device, not args.no_aug, args.world_size)
             if args.loader == 'auto' else args.loader for name, one in shown.items()}
 
@@ -426,6 +428,8 @@ def announce(args, task_name: str, model, splits, stimuli, recipe: dict, chosen:
     first = size_of_epoch(0, epochs, args.start_img_size or args.img_size, args.img_size)
     pixels = f'{first} to {args.img_size}' if first < args.img_size else args.img_size
     kernel = f'{chosen["attention"]} attention, ' if 'attention' in chosen else ''
+    if chosen.get('convolution') == 'columns':
+        kernel += 'small maps as columns, '
     say(args, f'{task_name}: {args.model} ({form_of(model)}, {pixels} px, '
               f'{sum(p.numel() for p in model.parameters()):,} parameters) on {splits.summary()}; {epochs} epochs, '
               f'{recipe["opt"]}, lr {recipe["lr"]:g}, batch {args.whole_batch}, {chosen["precision"]}, {kernel}'
@@ -718,8 +722,11 @@ def run_stage(args, task_name: str, splits, device, experience: Experience | Non
     epochs = (args.affect_epochs or args.epochs) if task_name == 'affect' else args.epochs
     model = checked_model(args, task_name, splits, experience, batch_size, epochs, device, resumed=found is not None)
     chosen = choose(args, model, splits, stimuli, device, out)
-    if chosen.get('attention') == 'plain':  # before the task copies the model
+    # before the task copies the model
+    if chosen.get('attention') == 'plain':
         use_plain_attention(model)
+    if chosen.get('convolution') == 'columns':
+        use_columns(model)
     task = build_task(args, task_name, model, splits, device, stimuli)
     train_loader, validation_loader, test_loader = loaders_of(args, model, splits, stimuli, batch_size, chosen, epochs,
                                                               device)

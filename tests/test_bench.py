@@ -158,11 +158,13 @@ def test_convolutions_are_compared_where_train_changes_them(args, monkeypatch):
     sides = []
     monkeypatch.setattr(bench, 'training', lambda model, *_: sides.append(
         {type(m) for m in model.modules() if isinstance(m, torch.nn.Conv2d)}) or int)
-    figure, = bench.convolution(args)
-    assert figure.name == 'training step, convolutions of small maps: test_resnet, stock stem, 32 px, batch 64'
-    ours, timms = sides
-    assert timms == {torch.nn.Conv2d}
-    assert torch.nn.Conv2d not in ours
+    figures = list(bench.convolution(args))
+    assert [figure.name for figure in figures] == [
+        f'training step, convolutions of small maps: test_resnet, {stem} stem, 32 px, batch 64'
+        for stem in ('stock', '3x3')]
+    for ours, timms in (sides[:2], sides[2:]):
+        assert timms == {torch.nn.Conv2d}
+        assert torch.nn.Conv2d not in ours
     args.device = torch.device('cuda')
     with pytest.raises(bench.Skipped, match=r'on cuda train\.py uses those of torch'):
         list(bench.convolution(args))

@@ -305,26 +305,30 @@ def test_a_precision_that_is_chosen_anew_needs_no_scaler_in_the_checkpoint(run, 
     assert 'amp_scaler' in train.load_training_checkpoint(tmp_path / 'run/plain/last.pth.tar')
 
 
-@pytest.mark.parametrize(('old', 'attentions'), [(False, [0, 0]), (True, [0, 12])])
-def test_attention_is_chosen_once_a_stage(run, train, tmp_path, folder, monkeypatch, old, attentions):
-    fused, epoch = [], train.train_epoch
+@pytest.mark.parametrize('old', [False, True])
+@pytest.mark.parametrize(('model', 'name', 'kind', 'has_it'), [
+    ('test_vit', 'attention', 'plain', lambda task: not fused_attentions(task)),
+    ('test_resnet', 'convolution', 'columns', lambda task: all(m.columns for m in task.modules()
+                                                               if isinstance(m, torch.nn.Conv2d)))])
+def test_a_kernel_is_chosen_once_a_stage(run, train, tmp_path, folder, monkeypatch, model, name, kind, has_it, old):
+    found, epoch = [], train.train_epoch
 
     def stop_after_the_first(number, loop, *args):
-        fused.append(len(fused_attentions(loop.task)))  # of the averaged model, too
+        found.append(has_it(loop.task))  # the averaged model, too
         parts = epoch(number, loop, *args)
         if number == 0:
             train.received.append(signal.SIGTERM)
         return parts
 
     monkeypatch.setattr(train, 'train_epoch', stop_after_the_first)
-    monkeypatch.setattr(train, 'choose_attention', lambda model, device, precision, img_size: 'plain')
+    monkeypatch.setattr(train, f'choose_{name}', lambda *_: kind)
     assert run('--task', 'plain', '--dataset', folder, '--epochs', 2, '--model-ema',
-               model='test_vit')[0] == 128 + signal.SIGTERM
-    if old:  # a run from before attention was chosen, which goes on with the fused kernel
+               model=model)[0] == 128 + signal.SIGTERM
+    if old:  # a run from before it was chosen, which goes on with the usual one
         (tmp_path / 'run/plain/choices.json').write_text('{"precision": "float32", "loader": "resident"}')
-    monkeypatch.setattr(train, 'choose_attention', lambda *_: pytest.fail('chosen again'))
+    monkeypatch.setattr(train, f'choose_{name}', lambda *_: pytest.fail('chosen again'))
     status, (result,), _ = run('--resume', tmp_path / 'run')
-    assert (status, fused, result.get('attention')) == (0, attentions, None if old else 'plain')
+    assert (status, found, result.get(name)) == (0, [True, not old], None if old else kind)
 
 
 @pytest.mark.parametrize(('flags', 'lrs'), [

@@ -35,7 +35,7 @@ from .fold import fold
 from .small_image import LARGEST_SIZE
 from .task import EmoRegTask
 from .training.attention import choose_attention, fused_attentions, use_plain_attention
-from .training.convolution import suit_small_maps
+from .training.convolution import choose_convolution, suit_small_maps, use_columns
 from .training.optim import orthogonalize_in_float32
 from .training.precision import autocast_in, choose_precision
 
@@ -287,14 +287,18 @@ def attention(args: argparse.Namespace) -> Iterator[Measurement]:
 
 
 def convolution(args: argparse.Namespace) -> Iterator[Measurement]:
-    """A training step at 32 px of nets drawn for 224 px, with the convolutions that train.py has, beside torch's."""
+    """A training step at 32 px with the convolutions that train.py has beside torch's: nets as they were drawn for
+    224 px, and the one with the stem for small images."""
     if args.device.type != 'cpu':
         raise Skipped(f'on {args.device} train.py uses those of torch')
-    for backbone in STOCK_NETS:
-        ours, usual = (build(False, backbone, 32, False) for _ in range(2))
+    for backbone, small in (*((name, False) for name in STOCK_NETS), (STOCK_NETS[0], True)):
+        ours, usual = (build(False, backbone, 32, small) for _ in range(2))
         suit_small_maps(ours)
+        if choose_convolution(ours, args.device, args.precision) == 'columns':
+            use_columns(ours)
         calls = [training(model, 32, 64, args) for model in (ours, usual)]
-        yield Measurement(f'training step, convolutions of small maps: {backbone}, stock stem, 32 px, batch 64', 's',
+        stem = '3x3' if small else 'stock'
+        yield Measurement(f'training step, convolutions of small maps: {backbone}, {stem} stem, 32 px, batch 64', 's',
                           compare(*calls, args.rounds), 'at most 1')
 
 

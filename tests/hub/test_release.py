@@ -298,13 +298,15 @@ def test_a_default_may_be_spelled_out(run, stage_2, home):
         build(STAGE_2, [stage_2(seed=1, recipe={**recipe, 'lr': 0.03})], [plain], home=home)
 
 
-def test_before_there_was_a_choice_of_attention_it_was_the_fused_one(run):
-    older, fused, plain = (run('plain', seed=seed, recipe={'opt': 'muon'}) for seed in range(3))
-    for path, attention in ((fused, 'fused'), (plain, 'plain')):
-        path.write_text(json.dumps({**json.loads(path.read_text()), 'attention': attention}))
-    check_same_recipe([Run(older), Run(fused)])
-    with pytest.raises(HubError, match=r"attention 'plain' \(there 'fused'\)\. Only seeds may differ"):
-        check_same_recipe([Run(older), Run(plain)])
+@pytest.mark.parametrize(('name', 'usual', 'other'), [
+    ('attention', 'fused', 'plain'), ('convolution', 'torch', 'columns')])
+def test_before_there_was_a_choice_of_a_kernel_it_was_the_usual_one(run, name, usual, other):
+    older, same, different = (run('plain', seed=seed, recipe={'opt': 'muon'}) for seed in range(3))
+    for path, kernel in ((same, usual), (different, other)):
+        path.write_text(json.dumps({**json.loads(path.read_text()), name: kernel}))
+    check_same_recipe([Run(older), Run(same)])
+    with pytest.raises(HubError, match=rf"{name} '{other}' \(there '{usual}'\)\. Only seeds may differ"):
+        check_same_recipe([Run(older), Run(different)])
 
 
 def test_the_averaged_weights_are_released_where_there_are_some(run, home):

@@ -79,7 +79,7 @@ def main():
         'epochs': args.epochs, 'best_epoch': best, 'metric': metric, 'validation': top1 + 1,
         'test': {metric: top1},
         'balance': 0.5 if args.task == 'emoreg' else None, 'experience': args.experience, 'precision': precision,
-        'attention': 'plain', 'loader': 'resident', 'seconds': 2.0 * args.epochs,
+        'attention': 'plain', 'convolution': 'columns', 'loader': 'resident', 'seconds': 2.0 * args.epochs,
         'device': f'CPU, {os.environ["OMP_NUM_THREADS"]} threads'}))
     if args.experiment in os.environ.get('FAKE_LATE', '').split():
         sys.exit(1)

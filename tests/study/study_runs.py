@@ -6,14 +6,14 @@ TESTS = {'plain': (66.0, 65.0, 67.0), 'init': (68.0, 66.0, 68.5), 'regulated': (
 
 
 def write_run(folder, arm, seed, test, stimuli='emoji', images='1000', predictions=None, precision='float32',
-              attention='', loader=''):
+              attention='', convolution='', loader=''):
     key = f'{arm.replace(":", ".")}_{images}_s{seed}'
     rows = read_rows(folder / 'results.csv')
     row = dict.fromkeys(COLUMNS, '') | {
         'key': key, 'arm': arm, 'model': 'resnet10t', 'stimuli': '' if arm == 'plain' else stimuli,
         'target': 'cifar10', 'train_images': images, 'seed': seed, 'test': test, 'validation': test + 1,
         'seconds': 10 * seed + 5, 'epochs': 3, 'precision': precision, 'attention': attention,
-        'loader': loader}
+        'convolution': convolution, 'loader': loader}
     write_rows(folder / 'results.csv', [*rows, row], COLUMNS)
     if predictions is not None:
         (folder / 'runs' / key / 'task').mkdir(parents=True)

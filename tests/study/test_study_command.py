@@ -82,7 +82,8 @@ def test_a_grid_is_run_once(run, tmp_path, capsys):
     assert row['flags'].endswith('--epochs 3 --val-interval 2')
     assert float(row['seconds']) == result['seconds']
     assert (row['epochs'], row['best_epoch'], result['best_epoch']) == ('3', '2', 2)
-    assert (row['commit'], row['attention'], row['loader']) == ('abc', 'plain', 'resident')
+    assert (row['commit'], row['attention'], row['convolution'], row['loader']) == (
+        'abc', 'plain', 'columns', 'resident')
     assert result['experience'] == str(tmp_path / 's/runs/test_resnet_emoji_affect_s1')
     assert {row['arm']: row['precision'] for row in rows} == {
         'plain': 'float32', 'init': 'float32', 'regulated': 'bfloat16'}

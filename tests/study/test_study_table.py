@@ -235,6 +235,7 @@ def test_an_arm_of_another_version(folder):
 
 @pytest.mark.parametrize(('one', 'other', 'told'), [
     ({'attention': 'plain'}, {'attention': 'fused'}, '(fused attention, plain attention). .+--no-amp'),
+    ({'convolution': 'torch'}, {'convolution': 'columns'}, '(columns convolution, torch convolution). .+--no-amp'),
     ({'loader': 'timm'}, {'loader': 'resident'}, '(resident loader, timm loader). .+--loader timm'),
     ({'attention': 'plain', 'loader': 'timm'}, {}, None),  # an older row that does not tell
 ])

@@ -1,4 +1,4 @@
-"""Convolutions of maps smaller than the kernel: the same numbers, of less work; no test measures time."""
+"""Convolutions of small maps: the same numbers in other ways; no test measures time."""
 from __future__ import annotations
 
 import copy
@@ -11,7 +11,10 @@ from torch import nn
 from torch.nn import functional as F
 
 import timm_emoreg  # noqa: F401  registers the models
-from timm_emoreg.training.convolution import met_weights, suit_small_maps
+from timm_emoreg.training import convolution
+from timm_emoreg.training.convolution import choose_convolution, met_weights, suit_small_maps, use_columns
+
+CPU = torch.device('cpu')
 
 
 @pytest.mark.parametrize(('size', 'kernel', 'stride', 'padding', 'dilation', 'expected'), [
@@ -73,12 +76,86 @@ def test_less_is_multiplied(monkeypatch, grouped):
     assert shapes == [*small, part, whole]
 
 
-@pytest.mark.parametrize(('kernel', 'padding', 'side'), [(1, 0, 1), (3, 1, 1), (3, 1, 2)])
-def test_the_matrix_of_a_map_has_its_gradients(kernel, padding, side):
+@pytest.fixture
+def all_as_columns(monkeypatch):
+    monkeypatch.setattr(convolution, '_WIDE', 1)
+    monkeypatch.setattr(convolution, '_FEW', 0)
+
+
+@pytest.mark.parametrize(('kernel', 'stride'), list(product((2, 3, (3, 1), 5), (1, 2, (3, 1)))))
+def test_every_convolution_by_its_columns_is_the_same(monkeypatch, all_as_columns, kernel, stride):
+    torch.manual_seed(0)
+    monkeypatch.setattr(F, 'conv2d', lambda *_: pytest.fail('not by columns'))
+    for padding, (height, width), memory in product(
+            (0, 1, (2, 0)), ((5, 5), (6, 7)), (torch.contiguous_format, torch.channels_last)):
+        conv = nn.Conv2d(4, 6, kernel, stride, padding, dtype=torch.float64).to(memory_format=memory)
+        x = torch.randn(2, 4, height, width, dtype=torch.float64).to(memory_format=memory).requires_grad_()
+        expected = torch.conv2d(x, conv.weight, conv.bias, stride, padding)
+        gradients = torch.autograd.grad(expected.square().sum(), (x, *conv.parameters()))
+        suit_small_maps(conv)
+        use_columns(conv)
+        found = conv(x)
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(torch.autograd.grad(found.square().sum(), (x, *conv.parameters())), gradients)
+        assert conv(x[:0]).shape == (0, *expected.shape[1:])
+
+
+@pytest.mark.parametrize(('outputs', 'side', 'flags', 'by_columns'), [
+    (256, 4, {}, True), (256, 5, {}, False), (512, 5, {}, True), (512, 6, {}, False), (255, 4, {}, False),
+    (256, 8, {'stride': 2}, True), (256, 9, {'stride': 2}, False), (256, 4, {'groups': 2}, False),
+    (256, 6, {'dilation': 2}, False), (256, 4, {'kernel_size': 1}, False), (256, 2, {}, False)])
+def test_wide_convolutions_of_small_maps_have_columns(monkeypatch, outputs, side, flags, by_columns):
+    """Which are those of few places for their outputs; still smaller maps are multiplied as a whole."""
+    conv = nn.Conv2d(2, outputs, **{'kernel_size': 3, 'padding': 1, **flags})
+    suit_small_maps(conv)
+    called, usual = [], convolution._convolve_columns
+    monkeypatch.setattr(convolution, '_convolve_columns', lambda *args: called.append(1) or usual(*args))
+    conv(torch.randn(1, 2, side, side))
+    assert called == []
+    use_columns(conv)
+    conv(torch.randn(1, 2, side, side))
+    assert called == [1] * by_columns
+
+
+@pytest.mark.parametrize(('device', 'precision', 'outputs'), [
+    ('cuda', 'bfloat16', 256), ('cpu', 'float32', 256), ('cpu', 'bfloat16', 255)])
+def test_the_convolution_of_torch_stays_without_a_probe(monkeypatch, device, precision, outputs):
+    monkeypatch.setattr(convolution, 'fastest', lambda ways: pytest.fail('probed'))
+    model = nn.Sequential(nn.Conv2d(2, outputs, 3), nn.Conv2d(2, 256, 1))
+    suit_small_maps(model)
+    assert choose_convolution(model, torch.device(device), precision) is None
+
+
+@pytest.mark.parametrize('winner', ['torch', 'columns'])
+def test_the_probe_trains_both_ways_on_the_same_input(monkeypatch, winner):
+    taken, called, usual = {}, [], convolution._convolve_columns
+    monkeypatch.setattr(convolution, '_convolve_columns', lambda *args: called.append(1) or usual(*args))
+
+    def fastest(ways):
+        assert list(ways) == ['torch', 'columns']  # of equal ones the first is taken: columns must gain something
+        for name, way in ways.items():
+            taken[name] = way()
+            assert called == [1] * (name == 'columns')
+        return winner
+
+    monkeypatch.setattr(convolution, 'fastest', fastest)
+    model = nn.Conv2d(2, 256, 3)
+    suit_small_maps(model)
+    before = torch.get_rng_state()
+    assert choose_convolution(model, CPU, 'bfloat16') == winner
+    assert torch.equal(torch.get_rng_state(), before)  # no random numbers are drawn from the stream of the caller
+    of_maps, of_weight = taken['columns']
+    assert (of_maps.dtype, of_weight.dtype) == (torch.bfloat16, torch.float32)
+    torch.testing.assert_close(taken['columns'], taken['torch'], rtol=0.02, atol=0)
+
+
+@pytest.mark.parametrize(('kernel', 'padding', 'side'), [(1, 0, 1), (3, 1, 1), (3, 1, 2), (3, 1, 3)])
+def test_what_is_multiplied_as_a_matrix_has_its_gradients(all_as_columns, kernel, padding, side):
     """Also the second ones, in autocast's type and in the memory format of the weight."""
     torch.manual_seed(0)
     conv = nn.Conv2d(2, 3, kernel, padding=padding).double()
     suit_small_maps(conv)
+    use_columns(conv)  # of the largest map
     x = torch.randn(2, 2, side, side, dtype=torch.float64, requires_grad=True)
     both = (x, conv.weight, conv.bias)
     call = lambda x, weight, bias: conv._conv_forward(x, weight, bias)  # noqa: E731
@@ -95,13 +172,15 @@ def test_the_matrix_of_a_map_has_its_gradients(kernel, padding, side):
 
 
 def test_a_compiler_sees_the_usual_convolution(monkeypatch):
-    conv = nn.Conv2d(3, 3, 3, padding=1)
+    conv = nn.Conv2d(3, 256, 3, padding=1)
     suit_small_maps(conv)
+    use_columns(conv)
     kernels, usual = [], F.conv2d
     monkeypatch.setattr(F, 'conv2d', lambda x, w, *rest: kernels.append(tuple(w.shape[-2:])) or usual(x, w, *rest))
     monkeypatch.setattr(torch.compiler, 'is_compiling', lambda: True)
-    conv(torch.randn(1, 3, 1, 1))
-    assert kernels == [(3, 3)]
+    for side in (1, 4):
+        conv(torch.randn(1, 3, side, side))
+    assert kernels == [(3, 3)] * 2
 
 
 @pytest.mark.parametrize('padding', [{'padding': 'same'}, {'padding': 1, 'padding_mode': 'reflect'}])
@@ -112,11 +191,12 @@ def test_other_paddings_are_left_alone(padding):
 
 
 @pytest.mark.parametrize('backbone', ['test_resnet', 'test_convnext', 'test_efficientnet', 'test_byobnet'])
-def test_a_model_and_its_copies_learn_the_same(backbone):
+def test_a_model_and_its_copies_learn_the_same(all_as_columns, backbone):
     torch.manual_seed(0)
     model = timm.create_model('emoreg', backbone=backbone, num_classes=3).double()
     changed = copy.deepcopy(model)
     suit_small_maps(changed)
+    use_columns(changed)
     assert list(changed.state_dict()) == list(model.state_dict())
     of_copy = copy.deepcopy(changed)  # as averaged weights are: it must not compute with those of the first
     with torch.no_grad():

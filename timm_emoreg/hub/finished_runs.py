@@ -51,7 +51,9 @@ class Run:
         if 'recipe' not in self.result:
             return {}
         return {**self.result['recipe'], 'loader': self.result['loader'], 'precision': self.result['precision'],
-                'attention': self.result.get('attention', 'fused')}  # what it was before there was a choice
+                # what they were before there was a choice
+                'attention': self.result.get('attention', 'fused'),
+                'convolution': self.result.get('convolution', 'torch')}
 
 
 def _settings_of(*command: str) -> dict[str, Any]:

@@ -314,8 +314,9 @@ def recipe(flags: Sequence[str], arm: str) -> tuple[str, tuple[str, ...]]:
 # -- files -------------------------------------------------------------------------------------------------------------
 
 COLUMNS = ('key', 'arm', 'model', 'stimuli', 'target', 'train_images', 'images', 'seed', 'epochs', 'best_epoch',
-           'metric', 'validation', 'test', 'balance', 'seconds', 'precision', 'attention', 'loader', 'device', 'commit',
-           'flags')
+           'metric', 'validation', 'test', 'balance', 'seconds', 'precision', 'attention', 'convolution', 'loader',
+           'device', 'commit', 'flags')
+_LATER = ('attention', 'convolution', 'loader', 'commit')  # which older tables lack
 
 
 def read_rows(path: Path, remedy: str = 'Correct or restore it.') -> list[dict[str, str]]:
@@ -342,7 +343,7 @@ def read_runs(folder: Path, name: str) -> list[dict[str, str]]:
     """
     again = 'Restore it, or remove it: a finished run whose folder is there gets its row again.'
     rows = read_rows(folder / name, again)
-    needed = [column for column in COLUMNS if column not in ('attention', 'loader', 'commit')]  # which older ones lack
+    needed = [column for column in COLUMNS if column not in _LATER]
     if rows and (missing := [column for column in needed if column not in rows[0]]):
         raise StudyError(f'{folder / name}: its first line names no column {missing[0]}. {again}')
     return rows

@@ -207,8 +207,8 @@ class Study:
             'epochs': result['epochs'], 'best_epoch': result['best_epoch'], 'metric': result['metric'],
             'validation': result['validation'], 'test': result['test'][result['metric']],
             'balance': result['balance'], 'precision': result['precision'], 'attention': result.get('attention'),
-            'loader': result.get('loader'), 'device': result['device'], 'seconds': result['seconds'],
-            'commit': settings.get('commit'), 'flags': shlex.join(run.flags)}
+            'convolution': result.get('convolution'), 'loader': result.get('loader'), 'device': result['device'],
+            'seconds': result['seconds'], 'commit': settings.get('commit'), 'flags': shlex.join(run.flags)}
         name = 'stage1.csv' if run.task == 'affect' else 'results.csv'
         self.rows[name].append({k: '' if v is None else str(v) for k, v in row.items()})
         write_rows(self.folder / name, self.rows[name], COLUMNS)

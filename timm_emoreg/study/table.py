@@ -332,6 +332,7 @@ _ONE_MACHINE = 'Run the arms of a seed on one machine'
 _WAYS = (
     ('precision', '', 'computed in different ways', f'{_ONE_MACHINE}, or give all of them --no-amp'),
     ('attention', ' attention', 'computed in different ways', f'{_ONE_MACHINE}, or give all of them --no-amp'),
+    ('convolution', ' convolution', 'computed in different ways', f'{_ONE_MACHINE}, or give all of them --no-amp'),
     ('loader', ' loader', 'computed in different ways', f'{_ONE_MACHINE}, or give all of them --loader timm'),
     ('device', '', 'made on different devices', _ONE_MACHINE),
     ('commit', '', 'made at different commits', 'Make sure that nothing that these arms do has changed between them, '
@@ -340,8 +341,8 @@ _WAYS = (
 
 
 def _computed_otherwise(folder: Path, setting: Setting) -> list[str]:
-    """Warnings for paired runs that differ in precision, attention kernel or loader, in either stage (on another
-    processor, under load, or with too little memory), in the kind of device, or in the commit of the code."""
+    """Warnings for paired runs that differ in precision, attention or convolution kernel or loader, in either stage (on
+    another processor, under load, or with too little memory), in the kind of device, or in the commit of the code."""
     seeds = {str(seed) for runs in setting.arms.values() for seed in runs}
     stages = {'': [row for runs in setting.arms.values() for row in runs.values()],
               ' in stage 1': [row for row in read_runs(folder, 'stage1.csv') if row['seed'] in seeds

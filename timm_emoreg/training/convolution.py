@@ -1,15 +1,23 @@
-"""Convolutions in training on a CPU, of maps that are smaller than the kernel: less work, the same numbers."""
+"""Convolutions of small maps in training on a CPU: other ways to the same numbers, of less work or in less time."""
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import lru_cache, partial
+from itertools import product
 from math import prod
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import skip_init
 
-__all__ = ['met_weights', 'suit_small_maps']
+from .precision import autocast_in
+from .probe import fastest
+
+__all__ = ['choose_convolution', 'met_weights', 'suit_small_maps', 'use_columns']
+
+_WIDE = 256  # outputs of a place, from which on the columns of its weights can be the faster way
+_FEW = 16  # such a convolution has one place or fewer for so many outputs, 4 x 4 for 256
 
 
 def met_weights(size: int, kernel: int, stride: int, padding: int, dilation: int) -> tuple[int, int, int]:
@@ -81,8 +89,57 @@ class _Matrix(torch.autograd.Function):
         return whole, None
 
 
+class _Columns(torch.autograd.Function):
+    """What the kernel meets at each of its places, padding included: B, I, H, W to B * places, kH * kW * I (im2col).
+
+    Its own function, as autograd would add up the gradients of overlapping places one number at a time.
+    """
+
+    @staticmethod
+    def forward(ctx, maps: Tensor, kernel: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int],
+                places: tuple[int, int]) -> Tensor:
+        ctx.shape, ctx.kernel, ctx.stride, ctx.padding, ctx.places = maps.shape, kernel, stride, padding, places
+        (rows, columns), (down, right) = kernel, stride
+        padded = F.pad(maps.permute(0, 2, 3, 1), (0, 0, padding[1], padding[1], padding[0], padding[0])).contiguous()
+        _, height, width, inputs = padded.shape
+        row, run = width * inputs, columns * inputs  # a row of the kernel meets one run of memory
+        met = padded.as_strided((len(maps), *places, rows, run), (height * row, down * row, right * inputs, row, 1))
+        return met.reshape(-1, rows * run)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
+        (count, inputs, height, width), (down, right), (above, left) = ctx.shape, ctx.stride, ctx.padding
+        parts = gradient.reshape(count, *ctx.places, *ctx.kernel, inputs)
+        padded = gradient.new_zeros(count, height + 2 * above, width + 2 * left, inputs)
+        for i, j in product(*map(range, ctx.kernel)):
+            met = padded[:, i:i + down * (ctx.places[0] - 1) + 1:down, j:j + right * (ctx.places[1] - 1) + 1:right]
+            met += parts[:, :, :, i, j]
+        whole = padded[:, above:above + height, left:left + width]
+        return whole.permute(0, 3, 1, 2), None, None, None, None
+
+
+def _convolve_columns(maps: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int],
+                      padding: tuple[int, int], places: tuple[int, int]) -> Tensor:
+    columns = _Columns.apply(maps, tuple(weight.shape[2:]), stride, padding, places)
+    outputs = F.linear(columns, weight.permute(0, 2, 3, 1).flatten(1), bias)
+    return outputs.view(len(maps), *places, len(weight)).permute(0, 3, 1, 2)
+
+
 class _Conv2d(nn.Conv2d):
-    """torch's convolution, of small maps as one multiplication or without the weights that meet padding alone."""
+    """torch's convolution; of maps smaller than the kernel as one multiplication, or without the weights that meet
+    padding alone; of other small maps by their columns, where that is switched on."""
+
+    columns = False
+
+    @property
+    def suits_columns(self) -> bool:
+        return (self.groups == 1 and self.dilation == (1, 1) and self.kernel_size != (1, 1)
+                and self.out_channels >= _WIDE)
+
+    def _places(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns of outputs for a map of this size, without dilation."""
+        return tuple((n + 2 * pad - k) // step + 1 for n, k, step, pad in zip(
+            size, self.kernel_size, self.stride, self.padding, strict=True))
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if torch.compiler.is_compiling():  # to compile what builds the matrices took minutes
@@ -97,6 +154,10 @@ class _Conv2d(nn.Conv2d):
                 bias = None if bias is None else bias.repeat(len(grid.meets))
                 outputs = F.linear(input.permute(0, 2, 3, 1).flatten(1), matrix, bias)
                 return outputs.view(len(outputs), *grid.outputs, len(weight)).permute(0, 3, 1, 2)
+        if self.columns and self.suits_columns:
+            places = self._places(size)
+            if min(places) > 0 and prod(places) * _FEW <= self.out_channels:
+                return _convolve_columns(input, weight, bias, self.stride, self.padding, places)
         if all(side >= k for side, k in zip(size, kernel, strict=True)):
             return super()._conv_forward(input, weight, bias)  # such a map meets all of it, unless it is dilated
         (top, bottom, rows), (left, right, columns) = map(
@@ -119,3 +180,49 @@ def suit_small_maps(model: nn.Module) -> None:
     for module in model.modules():
         if type(module) is nn.Conv2d and module.padding_mode == 'zeros' and not isinstance(module.padding, str):
             module.__class__ = _Conv2d  # a replaced forward would still belong to this module in a copy of it
+
+
+def _train(maps: Tensor, conv: nn.Module, autocast) -> tuple[Tensor, ...]:
+    """Forward and backward pass."""
+    with autocast():
+        out = conv(maps)
+    return torch.autograd.grad(out.sum(), (maps, conv.weight))
+
+
+def choose_convolution(model: nn.Module, device: torch.device, precision: str) -> str | None:
+    """``'columns'`` where wide convolutions of small maps train faster so than by torch, by a short probe.
+
+    In 16 bits the backward pass of torch's convolution on CPUs can take several times as long as the same numbers of
+    multiplications in one product of matrices, for which what the kernel meets is first copied side by side. For larger
+    maps and fewer outputs the copies cost more than that.
+
+    Args:
+        model: A model after `suit_small_maps`.
+        device: Where it runs; only a CPU is probed.
+        precision: What `choose_precision` gave; in float32 torch's way stays.
+
+    Returns:
+        ``'columns'`` or ``'torch'``; None, without a probe, on other devices, in float32, and for a model without
+        convolutions of 256 outputs or more.
+    """
+    wide = any(isinstance(module, _Conv2d) and module.suits_columns for module in model.modules())
+    if device.type != 'cpu' or precision == 'float32' or not wide:
+        return None
+    # the narrowest convolution and its largest map; ones, because random numbers would be drawn from the stream of the
+    # caller
+    ways = {}
+    for name in ('torch', 'columns'):
+        conv = skip_init(nn.Conv2d, _WIDE, _WIDE, 3, padding=1, bias=False).to(memory_format=torch.channels_last)
+        nn.init.ones_(conv.weight)
+        suit_small_maps(conv)
+        conv.columns = name == 'columns'
+        maps = torch.ones(8, _WIDE, 4, 4, dtype=getattr(torch, precision)).to(memory_format=torch.channels_last)
+        ways[name] = partial(_train, maps.requires_grad_(), conv, autocast_in(device, precision))
+    return fastest(ways)
+
+
+def use_columns(model: nn.Module) -> None:
+    """Compute wide convolutions of small maps by their columns, in a model after `suit_small_maps`."""
+    for module in model.modules():
+        if isinstance(module, _Conv2d):
+            module.columns = True
