@@ -4,6 +4,7 @@ import argparse
 import re
 
 import pytest
+from study_runs import write_run
 
 from timm_emoreg.data import CONTENT_LABELS, DataError
 from timm_emoreg.study import grid as study_grid
@@ -181,6 +182,36 @@ def test_damaged_rows_are_named(tmp_path):
         path.write_text(text)
         with pytest.raises(StudyError, match=f'results.csv: {message}. Restore it'):
             study_grid.read_runs(tmp_path, path.name)
+    path.write_bytes(f'{header}\n'.encode() + b'caf\xe9\n')
+    with pytest.raises(StudyError, match=r'results.csv: is no csv in UTF-8 \(.*0xe9.*\)\. Restore it'):
+        study_grid.read_runs(tmp_path, path.name)
+
+
+def test_rows_that_were_put_together_are_checked(tmp_path):
+    write_run(tmp_path, 'plain', 0, 50.0)
+    write_run(tmp_path, 'regulated', 0, 51.0)
+    path = tmp_path / 'results.csv'
+    header, *rows = path.read_text().splitlines()
+
+    def read(*lines):
+        path.write_text('\n'.join(lines) + '\n')
+        return study_grid.read_runs(tmp_path, path.name)
+
+    assert len(read(header, *rows, rows[0])) == 3  # the same run once more takes nothing away
+    with pytest.raises(StudyError, match=r"results.csv: row 4 has the seed 'seed', which is no number\. .* the first "
+                                         'line stays only once'):
+        read(header, *rows, header, *rows)
+    with pytest.raises(StudyError, match=r'row 4, plain_1000_s0, has the test result 49\.0, and an earlier row of the '
+                                         r'same run 50\.0\. Keep one'):
+        read(header, *rows, rows[0].replace(',50.0,', ',49.0,'))
+
+
+def test_a_csv_may_begin_with_a_byte_order_mark(tmp_path):
+    write_run(tmp_path, 'plain', 0, 50.0)
+    path = tmp_path / 'results.csv'
+    expected = study_grid.read_runs(tmp_path, path.name)
+    path.write_bytes(b'\xef\xbb\xbf' + path.read_bytes())
+    assert study_grid.read_runs(tmp_path, path.name) == expected
 
 
 # a list of its own: a name that is missing in the other one would let an arm train something else than its row says

@@ -317,18 +317,23 @@ COLUMNS = ('key', 'arm', 'model', 'stimuli', 'target', 'train_images', 'images',
            'metric', 'validation', 'test', 'balance', 'seconds', 'precision', 'attention', 'convolution', 'loader',
            'device', 'commit', 'flags')
 _LATER = ('attention', 'convolution', 'loader', 'commit')  # which older tables lack
+NUMBERS = {'seed': int, 'epochs': int, 'test': float}
 
 
 def read_rows(path: Path, remedy: str = 'Correct or restore it.') -> list[dict[str, str]]:
-    """The rows of a csv, none if there is no such file.
+    """The rows of a csv, with or without byte-order mark, none if there is no such file.
 
     Raises:
-        StudyError: If a row does not have as many cells as the header; the message ends with the `remedy`.
+        StudyError: If it is no csv in UTF-8, or a row does not have as many cells as the header; the message ends with
+            the `remedy`.
     """
     if not path.is_file():
         return []
-    with open(path, newline='', encoding='utf-8') as file:
-        rows = list(csv.DictReader(file))
+    try:
+        with open(path, newline='', encoding='utf-8-sig') as file:
+            rows = list(csv.DictReader(file))
+    except (UnicodeDecodeError, csv.Error) as e:
+        raise StudyError(f'{path}: is no csv in UTF-8 ({e}). {remedy}') from None
     for number, row in enumerate(rows, start=2):
         if None in row or None in row.values():
             raise StudyError(f'{path}: row {number} does not have as many cells as the first one. {remedy}')
@@ -339,13 +344,26 @@ def read_runs(folder: Path, name: str) -> list[dict[str, str]]:
     """The finished runs in a study's folder: of ``'results.csv'`` or ``'stage1.csv'``.
 
     Raises:
-        StudyError: If the csv is damaged or lacks a column.
+        StudyError: If the csv is damaged or lacks a column, or if two of its rows contradict each other.
     """
     again = 'Restore it, or remove it: a finished run whose folder is there gets its row again.'
     rows = read_rows(folder / name, again)
     needed = [column for column in COLUMNS if column not in _LATER]
     if rows and (missing := [column for column in needed if column not in rows[0]]):
         raise StudyError(f'{folder / name}: its first line names no column {missing[0]}. {again}')
+    tests: dict[tuple[str, ...], str] = {}
+    for number, row in enumerate(rows, start=2):
+        for column, kind in NUMBERS.items():
+            try:
+                kind(row[column])
+            except ValueError:
+                raise StudyError(f'{folder / name}: row {number} has the {column} {row[column]!r}, which is no number. '
+                                 'Correct or remove the row; of csv files that are put together, the first line '
+                                 'stays only once.') from None
+        run = tuple(row[column] for column in ('model', 'stimuli', 'target', 'train_images', 'arm', 'seed'))
+        if tests.setdefault(run, row['test']) != row['test']:
+            raise StudyError(f'{folder / name}: row {number}, {row["key"]}, has the test result {row["test"]}, and an '
+                             f'earlier row of the same run {tests[run]}. Keep one of them.')
     return rows
 
 
