@@ -58,7 +58,7 @@ def test_a_set_of_ones_own_has_the_name_that_the_table_shows(csv):
     assert [line.label for line in read_summary(csv)] == ['short', 'full']
 
 
-def test_what_has_not_the_pairs_of_all_seeds_is_marked(csv):
+def test_what_has_not_the_pairs_of_all_seeds_is_marked(csv, figures):
     for seed in (0, 1, 2):
         write_run(csv.parent / 'b', 'shuffled', seed, 51.0 - seed)
     write_run(csv.parent / 'b', 'plain', 2, 90.0)  # of no seed that was asked for
@@ -68,6 +68,9 @@ def test_what_has_not_the_pairs_of_all_seeds_is_marked(csv):
     cells = make_summary(read_summary(csv)).splitlines()[2].split(' | ')
     assert cells[1:4] == ['2', '50.50 ± 0.71', '+2.00']
     assert cells[5] == '+1.00 (1)'
+    draw_summary(read_summary(csv), csv.with_suffix('.png'))
+    assert [[text.get_text().strip() for text in axis.texts] for axis in figures[0].axes] == [
+        [], ['not run'], ['(1)'], ['not run']]
 
 
 def test_bold_is_what_is_clear_after_the_correction(tmp_path, monkeypatch):

@@ -111,12 +111,15 @@ def _draw_differences(axis, lines: Sequence[Line], versus: str) -> None:
                   markerfacecolor=colour if d.n > 1 else 'white', zorder=4)
         if p < 0.05:
             axis.text(d.low, y, '* ', fontsize=13, ha='right', va='center')
+        if d.n < len(line.setting.arms[ARM]):  # the number beside the label is not that of these pairs
+            axis.text(d.mean if math.isnan(d.high) else d.high, y, f'  ({d.n})', fontsize=8, va='center')
     axis.axvline(0, color='black', linewidth=0.9, zorder=1)
     axis.grid(axis='x', alpha=0.3)
 
 
 def draw_summary(lines: Sequence[Line], picture: Path) -> None:
-    """Draw the table to a PNG: one panel per control, one line per setting, small dots for the seeds.
+    """Draw the table to a PNG: one panel per control, one line per setting, small dots for the seeds, and (n) as in the
+    table.
 
     The settings of each model are a block with a scale of its own, as small networks may differ tenfold in what moves
     them.
