@@ -56,7 +56,7 @@ def _heat_map(figure, trained: Trained, answers: Answers, images: ImageSet) -> N
     most = f' (the {len(seen)} that differ most)' if len(seen) < len(found) else ''
     below.set_xlabel(f'mean over the classes of the affective state\ncells: each class{most} less that mean, '
                      + ('one image per class' if spread is None else f'standard error at most {spread:.2g}')
-                     + (f'\nno class is further from the mean than {most_different:.1g}: the state hardly tells them '
+                     + (f'\nno class is further from the mean than {most_different:.2g}: the state hardly tells them '
                         'apart' if most_different < noise else ''), fontsize=8)
     bar = figure.colorbar(drawn, ax=axis, fraction=0.05, aspect=30)
     bar.ax.tick_params(labelsize=7)
