@@ -107,6 +107,15 @@ def test_another_arm_later_takes_the_stage_1_that_is_there(run, tmp_path):
     assert starts(tmp_path)['test_resnet_emoji_affect_s0'] == 1
 
 
+def test_a_column_of_the_users_own_stays(run, tmp_path):
+    assert run('--arms', 'plain', '--seeds', 0)[0] == 0
+    path = tmp_path / 's/results.csv'
+    header, row = path.read_text().splitlines()
+    path.write_text(f'{header},note\n{row},mine\n')
+    assert run('--arms', 'plain', '--seeds', 0, 1)[0] == 0
+    assert [row['note'] for row in read_rows(path)] == ['mine', '']
+
+
 def test_checkpoints_can_be_kept(run, tmp_path):
     assert run('--arms', 'plain', '--seeds', 0, '--keep-checkpoints')[0] == 0
     assert len(list((tmp_path / 's/runs').glob('*/plain/*.pth.tar'))) == 2

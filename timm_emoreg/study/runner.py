@@ -211,7 +211,8 @@ class Study:
             'seconds': result['seconds'], 'commit': settings.get('commit'), 'flags': shlex.join(run.flags)}
         name = 'stage1.csv' if run.task == 'affect' else 'results.csv'
         self.rows[name].append({k: '' if v is None else str(v) for k, v in row.items()})
-        write_rows(self.folder / name, self.rows[name], COLUMNS)
+        # with any column that the user has added, such as notes
+        write_rows(self.folder / name, self.rows[name], [*dict.fromkeys((*COLUMNS, *self.rows[name][0]))])
         if not self.keep_checkpoints:
             for checkpoint in path.parent.glob('*.pth.tar'):
                 if run.task != 'affect' or checkpoint.name != BEST:
