@@ -256,7 +256,7 @@ def test_a_model_of_other_classes_is_refused(tmp_path, classifier, capsys):
     (['TEXT', '--model', WEIGHT], 'notes.txt: is not an image that can be read.'),
     (['PICTURE', '--model', 'emoreg_vit_tiny.emojy'], "Did you mean 'emoreg_vit_tiny.emoji'?"),
     (['PICTURE', '--model', 'resnet18'], 'resnet18 has no affect response'),
-    (['PICTURE', '--checkpoint', 'nowhere'], 'nowhere: there is no such checkpoint.'),
+    (['PICTURE', '--checkpoint', 'nowhere'], 'nowhere: there is no such checkpoint. Give the folder of a run'),
     (['PICTURE', '--model', WEIGHT, '-o', 'nowhere/out.png'], '-o nowhere/out.png: there is no folder nowhere.'),
     (['PICTURE', '--model', WEIGHT, '-o', 'out.jpg'], '-o out.jpg: the picture is a PNG.'),
     (['PICTURE', '--model', WEIGHT, '--limit', '3'], '--limit 3: expected 1 or more, and only with --dataset.'),

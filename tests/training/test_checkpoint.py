@@ -48,7 +48,7 @@ def test_unusable_files_are_one_clear_error(tmp_path):
         assert caught.value.__suppress_context__ or caught.value.__context__ is None  # one error, not a chain
         return message
 
-    refused(r'there is no such checkpoint\.$')
+    refused(r'there is no such checkpoint\. Give the folder of a run of train\.py, or a model_best\.pth\.tar in it\.$')
     path.mkdir()
     refused('not a readable checkpoint .* train again')
     path.rmdir()

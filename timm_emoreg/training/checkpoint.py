@@ -52,7 +52,8 @@ def load_training_checkpoint(path: str | Path, mmap: bool = False) -> dict[str, 
         with torch.serialization.safe_globals([argparse.Namespace]):
             checkpoint = torch.load(path, map_location='cpu', weights_only=True, mmap=mmap)
     except FileNotFoundError:
-        raise CheckpointError(f'{path}: there is no such checkpoint.') from None
+        raise CheckpointError(f'{path}: there is no such checkpoint. Give the folder of a run of train.py, or a '
+                              f'{BEST} in it.') from None
     except Exception as e:  # damaged bytes make the unpickler raise nearly any type, KeyError and struct.error too
         raise CheckpointError(f'{path}: not a readable checkpoint ({_reason(e)}). '
                               'Use another one of the same folder, or train again.') from None
