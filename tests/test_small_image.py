@@ -53,6 +53,7 @@ def test_registered_vit_takes_it_without_a_size():
 
 def test_other_models_are_left_as_they_are():
     assert small_image_form(timm.create_model('test_convnext')) == 'stock stem'
+    assert small_image_form(timm.create_model('efficientvit_m0', device='meta')) == 'patches of 16x16'
     assert small_image_form(timm.create_model('resnet18', device='meta')) == '7x7 stem of stride 2, max-pool'
 
 

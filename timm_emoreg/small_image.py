@@ -97,4 +97,7 @@ def small_image_form(model: nn.Module) -> str:
         pool = 'no max-pool' if isinstance(model.maxpool, nn.Identity) else 'max-pool'
         return f'{conv.kernel_size[0]}x{conv.kernel_size[1]} stem of stride {conv.stride[0]}, {pool}'
     patch = getattr(getattr(model, 'patch_embed', None), 'patch_size', None)
-    return f'patches of {patch[0]}x{patch[1]}' if patch else 'stock stem'
+    if not patch:
+        return 'stock stem'
+    height, width = to_2tuple(patch)  # EfficientViT of MSRA has a single number
+    return f'patches of {height}x{width}'
