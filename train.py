@@ -318,7 +318,8 @@ def checked_model(args, task: str, splits, experience: Experience | None, batch_
         if lacks_memory(e):
             raise
         flags = [flag for flag, value in (
-            ('--model-kwargs', args.model_kwargs), ('--grad-checkpointing', args.grad_checkpointing),
+            ('--model-kwargs', args.model_kwargs), ('--drop', args.drop), ('--drop-path', args.drop_path),
+            ('--grad-checkpointing', args.grad_checkpointing),
             ('--experience', experience is not None and experience.state_dict)) if value]
         form = '--no-small-image' if args.small_image else '--small-image'
         raise ModelError(f'--model {args.model} cannot be built so: {reason_of(e)}. Change '

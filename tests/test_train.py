@@ -365,6 +365,8 @@ def test_a_refusal_without_words_is_named_by_its_type(run, train, folder, monkey
      '--start-img-size 32, grown to 40: hrnet_w18_small takes no images of that size ('),
     ('test_convnext', ('--img-size', 8), '--img-size 8: test_convnext takes no images of that size ('),
     ('dla46x_c', ('--grad-checkpointing',), '--model dla46x_c cannot be built so: gradient checkpointing not'),
+    ('vgg11', ('--drop-path', 0.1), '--model vgg11 cannot be built so: VGG.__init__() got an unexpected keyword '
+                                    "argument 'drop_path_rate'. Change --drop-path, --img-size or give"),
 ])
 def test_what_a_backbone_does_not_take_leaves_no_folder(run, tmp_path, folder, model, flags, message):
     status, _, err = run('--task', 'plain', '--dataset', folder, '--epochs', 1, *flags, model=model)
