@@ -155,16 +155,19 @@ def test_attention_is_compared_only_where_train_chooses_the_plain_one(args, monk
 
 def test_convolutions_are_compared_where_train_changes_them(args, monkeypatch):
     monkeypatch.setattr(bench, 'STOCK_NETS', ('test_resnet',))
+    monkeypatch.setattr(bench, 'choose_convolution', lambda model, device, precision: 'columns')
     sides = []
     monkeypatch.setattr(bench, 'training', lambda model, *_: sides.append(
-        {type(m) for m in model.modules() if isinstance(m, torch.nn.Conv2d)}) or int)
+        {getattr(m, 'columns', None) for m in model.modules() if isinstance(m, torch.nn.Conv2d)}) or int)
     figures = list(bench.convolution(args))
     assert [figure.name for figure in figures] == [
         f'training step, convolutions of small maps: test_resnet, {stem} stem, 32 px, batch 64'
         for stem in ('stock', '3x3')]
-    for ours, timms in (sides[:2], sides[2:]):
-        assert timms == {torch.nn.Conv2d}
-        assert torch.nn.Conv2d not in ours
+    assert sides == [{True}, {None}] * 2  # ours, torch's
+    sides.clear()
+    monkeypatch.setattr(bench, 'choose_convolution', lambda *_: 'torch')
+    list(bench.convolution(args))
+    assert sides == [{False}, {None}] * 2  # without columns, but as suit_small_maps leaves them
     args.device = torch.device('cuda')
     with pytest.raises(bench.Skipped, match=r'on cuda train\.py uses those of torch'):
         list(bench.convolution(args))
