@@ -369,7 +369,8 @@ def choose(args, model, splits, stimuli, device, out: Path) -> dict[str, str]:
         size = (args.img_size, args.img_size)
         precision = choose_precision(device, args.amp_dtype if args.amp else None)
         attention = choose_attention(model, device, precision, args.img_size)
-        convolution = choose_convolution(model, device, precision)
+        # a compiler sees torch's
+        convolution = None if args.torchcompile else choose_convolution(model, device, precision)
         kernels = {name: kind for name, kind in (('attention', attention), ('convolution', convolution)) if kind}
         shown = {'loader': splits} | ({'stimuli_loader': stimuli} if stimuli else {})
         return {'precision': precision} | kernels | {

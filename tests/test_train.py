@@ -306,11 +306,12 @@ def test_a_precision_that_is_chosen_anew_needs_no_scaler_in_the_checkpoint(run, 
 
 
 @pytest.mark.parametrize('old', [False, True])
-@pytest.mark.parametrize(('model', 'name', 'kind', 'has_it'), [
-    ('test_vit', 'attention', 'plain', lambda task: not fused_attentions(task)),
-    ('test_resnet', 'convolution', 'columns', lambda task: all(m.columns for m in task.modules()
-                                                               if isinstance(m, torch.nn.Conv2d)))])
-def test_a_kernel_is_chosen_once_a_stage(run, train, tmp_path, folder, monkeypatch, model, name, kind, has_it, old):
+@pytest.mark.parametrize(('model', 'name', 'choice', 'has_it'), [
+    ('test_vit', 'attention', lambda model, device, precision, img_size: 'plain',
+     lambda task: not fused_attentions(task)),
+    ('test_resnet', 'convolution', lambda model, device, precision: 'columns',
+     lambda task: all(m.columns for m in task.modules() if isinstance(m, torch.nn.Conv2d)))])
+def test_a_kernel_is_chosen_once_a_stage(run, train, tmp_path, folder, monkeypatch, model, name, choice, has_it, old):
     found, epoch = [], train.train_epoch
 
     def stop_after_the_first(number, loop, *args):
@@ -321,13 +322,14 @@ def test_a_kernel_is_chosen_once_a_stage(run, train, tmp_path, folder, monkeypat
         return parts
 
     monkeypatch.setattr(train, 'train_epoch', stop_after_the_first)
-    monkeypatch.setattr(train, f'choose_{name}', lambda *_: kind)
+    monkeypatch.setattr(train, f'choose_{name}', choice)
     assert run('--task', 'plain', '--dataset', folder, '--epochs', 2, '--model-ema',
                model=model)[0] == 128 + signal.SIGTERM
     if old:  # a run from before it was chosen, which goes on with the usual one
         (tmp_path / 'run/plain/choices.json').write_text('{"precision": "float32", "loader": "resident"}')
     monkeypatch.setattr(train, f'choose_{name}', lambda *_: pytest.fail('chosen again'))
     status, (result,), _ = run('--resume', tmp_path / 'run')
+    kind = {'attention': 'plain', 'convolution': 'columns'}[name]
     assert (status, found, result.get(name)) == (0, [True, not old], None if old else kind)
 
 

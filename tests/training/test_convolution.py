@@ -191,12 +191,14 @@ def test_other_paddings_are_left_alone(padding):
 
 
 @pytest.mark.parametrize('backbone', ['test_resnet', 'test_convnext', 'test_efficientnet', 'test_byobnet'])
-def test_a_model_and_its_copies_learn_the_same(all_as_columns, backbone):
+@pytest.mark.parametrize('by_columns', [False, True])
+def test_a_model_and_its_copies_learn_the_same(all_as_columns, backbone, by_columns):
     torch.manual_seed(0)
     model = timm.create_model('emoreg', backbone=backbone, num_classes=3).double()
     changed = copy.deepcopy(model)
     suit_small_maps(changed)
-    use_columns(changed)
+    if by_columns:
+        use_columns(changed)
     assert list(changed.state_dict()) == list(model.state_dict())
     of_copy = copy.deepcopy(changed)  # as averaged weights are: it must not compute with those of the first
     with torch.no_grad():

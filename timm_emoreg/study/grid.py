@@ -317,7 +317,7 @@ COLUMNS = ('key', 'arm', 'model', 'stimuli', 'target', 'train_images', 'images',
            'metric', 'validation', 'test', 'balance', 'seconds', 'precision', 'attention', 'convolution', 'loader',
            'device', 'commit', 'flags')
 _LATER = ('attention', 'convolution', 'loader', 'commit')  # which older tables lack
-NUMBERS = {'seed': int, 'epochs': int, 'test': float}
+_NUMBERS = {'seed': int, 'epochs': int, 'test': float}
 
 
 def read_rows(path: Path, remedy: str = 'Correct or restore it.') -> list[dict[str, str]]:
@@ -353,7 +353,7 @@ def read_runs(folder: Path, name: str) -> list[dict[str, str]]:
         raise StudyError(f'{folder / name}: its first line names no column {missing[0]}. {again}')
     tests: dict[tuple[str, ...], str] = {}
     for number, row in enumerate(rows, start=2):
-        for column, kind in NUMBERS.items():
+        for column, kind in _NUMBERS.items():
             try:
                 kind(row[column])
             except ValueError:

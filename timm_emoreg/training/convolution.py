@@ -20,6 +20,11 @@ _WIDE = 256  # outputs of a place, from which on the columns of its weights can 
 _FEW = 16  # such a convolution has one place or fewer for so many outputs, 4 x 4 for 256
 
 
+def _count(size: int, kernel: int, stride: int, padding: int, dilation: int = 1) -> int:
+    """Outputs along one side of a map."""
+    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+
+
 def met_weights(size: int, kernel: int, stride: int, padding: int, dilation: int) -> tuple[int, int, int]:
     """Which weights of a kernel meet a map at all, along one side.
 
@@ -32,12 +37,12 @@ def met_weights(size: int, kernel: int, stride: int, padding: int, dilation: int
         The first of these weights, the one after the last of them, and the padding with which the kernel that has only
         these gives the same as the whole one. Where there is no such padding, the whole kernel and its own.
     """
-    count = (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1  # of outputs
+    count = _count(size, kernel, stride, padding, dilation)
     met = [i for i in range(kernel) if any(0 <= o * stride - padding + i * dilation < size for o in range(count))]
     if met:
         first, end = met[0], met[-1] + 1
         rest = padding - first * dilation
-        if rest >= 0 and (size + 2 * rest - dilation * (end - first - 1) - 1) // stride + 1 == count:
+        if rest >= 0 and _count(size, end - first, stride, rest, dilation) == count:
             return first, end, rest
     return 0, kernel, padding
 
@@ -136,11 +141,6 @@ class _Conv2d(nn.Conv2d):
         return (self.groups == 1 and self.dilation == (1, 1) and self.kernel_size != (1, 1)
                 and self.out_channels >= _WIDE)
 
-    def _places(self, size: tuple[int, int]) -> tuple[int, int]:
-        """Rows and columns of outputs for a map of this size, without dilation."""
-        return tuple((n + 2 * pad - k) // step + 1 for n, k, step, pad in zip(
-            size, self.kernel_size, self.stride, self.padding, strict=True))
-
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if torch.compiler.is_compiling():  # to compile what builds the matrices took minutes
             return super()._conv_forward(input, weight, bias)
@@ -155,7 +155,7 @@ class _Conv2d(nn.Conv2d):
                 outputs = F.linear(input.permute(0, 2, 3, 1).flatten(1), matrix, bias)
                 return outputs.view(len(outputs), *grid.outputs, len(weight)).permute(0, 3, 1, 2)
         if self.columns and self.suits_columns:
-            places = self._places(size)
+            places = tuple(map(_count, size, kernel, self.stride, self.padding))
             if min(places) > 0 and prod(places) * _FEW <= self.out_channels:
                 return _convolve_columns(input, weight, bias, self.stride, self.padding, places)
         if all(side >= k for side, k in zip(size, kernel, strict=True)):
