@@ -370,7 +370,8 @@ def choose(args, model, splits, stimuli, device, out: Path) -> dict[str, str]:
         precision = choose_precision(device, args.amp_dtype if args.amp else None)
         attention = choose_attention(model, device, precision, args.img_size)
         # a compiler sees torch's
-        convolution = None if args.torchcompile else choose_convolution(model, device, precision)
+        convolution = None if args.torchcompile else choose_convolution(
+            model, device, precision, args.start_img_size or args.img_size)
         kernels = {name: kind for name, kind in (('attention', attention), ('convolution', convolution)) if kind}
         shown = {'loader': splits} | ({'stimuli_loader': stimuli} if stimuli else {})
         return {'precision': precision} | kernels | {

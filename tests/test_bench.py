@@ -155,8 +155,8 @@ def test_attention_is_compared_only_where_train_chooses_the_plain_one(args, monk
 
 def test_convolutions_are_compared_where_train_changes_them(args, monkeypatch):
     monkeypatch.setattr(bench, 'STOCK_NETS', ('test_resnet',))
-    monkeypatch.setattr(bench, 'choose_convolution', lambda model, device, precision: 'columns')
-    sides = []
+    sides, asked = [], []
+    monkeypatch.setattr(bench, 'choose_convolution', lambda model, *given: asked.append(given) or 'columns')
     monkeypatch.setattr(bench, 'training', lambda model, *_: sides.append(
         {getattr(m, 'columns', None) for m in model.modules() if isinstance(m, torch.nn.Conv2d)}) or int)
     figures = list(bench.convolution(args))
@@ -164,6 +164,7 @@ def test_convolutions_are_compared_where_train_changes_them(args, monkeypatch):
         f'training step, convolutions of small maps: test_resnet, {stem} stem, 32 px, batch 64'
         for stem in ('stock', '3x3')]
     assert sides == [{True}, {None}] * 2  # ours, torch's
+    assert asked == [(args.device, args.precision, 32)] * 2
     sides.clear()
     monkeypatch.setattr(bench, 'choose_convolution', lambda *_: 'torch')
     list(bench.convolution(args))

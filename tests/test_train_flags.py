@@ -140,14 +140,18 @@ def test_an_epoch_that_few_images_choose_is_told(train, parsed, capsys, images, 
                      'chance. Add images, or take the last epoch by --val-interval 3.'] * said
 
 
-@pytest.mark.parametrize(('flags', 'expected'), [((), 'columns'), (('--torchcompile',), None)])
-def test_of_a_compiled_model_no_convolution_is_chosen(train, parsed, monkeypatch, tmp_path, flags, expected):
-    """As it computes torch's own, a record that named another would be wrong."""
-    monkeypatch.setattr(train, 'choose_convolution', lambda model, device, precision: 'columns')
+@pytest.mark.parametrize(('flags', 'asked', 'expected'), [
+    ((), [32], 'columns'), (('--model', 'emoreg_resnet18', '--start-img-size', 16), [16], 'columns'),
+    (('--torchcompile',), [], None)])
+def test_a_convolution_is_chosen_for_the_smallest_images(train, parsed, monkeypatch, tmp_path, flags, asked, expected):
+    """Of a compiled model none: as it computes torch's own, a record that named another would be wrong."""
+    sizes = []
+    monkeypatch.setattr(train, 'choose_convolution',
+                        lambda model, device, precision, img_size: sizes.append(img_size) or 'columns')
     args = parsed('--loader', 'timm', '--no-amp', *flags)
     args.distributed, args.rank, args.world_size = False, 0, 1
     chosen = train.choose(args, timm.create_model('test_resnet'), THREE, None, torch.device('cpu'), tmp_path)
-    assert chosen.get('convolution') == expected
+    assert (chosen.get('convolution'), sizes) == (expected, asked)
 
 
 def test_the_weights_of_the_backbone_are_asked_for(train, parsed, monkeypatch):

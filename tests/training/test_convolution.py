@@ -117,13 +117,27 @@ def test_wide_convolutions_of_small_maps_have_columns(monkeypatch, outputs, side
     assert called == [1] * by_columns
 
 
-@pytest.mark.parametrize(('device', 'precision', 'outputs'), [
-    ('cuda', 'bfloat16', 256), ('cpu', 'float32', 256), ('cpu', 'bfloat16', 255)])
-def test_the_convolution_of_torch_stays_without_a_probe(monkeypatch, device, precision, outputs):
+@pytest.mark.parametrize(('device', 'precision', 'outputs', 'side'), [
+    ('cuda', 'bfloat16', 256, 4), ('cpu', 'float32', 256, 4), ('cpu', 'bfloat16', 255, 4), ('cpu', 'bfloat16', 256, 5),
+    ('cpu', 'bfloat16', 256, 2)])
+def test_the_convolution_of_torch_stays_without_a_probe(monkeypatch, device, precision, outputs, side):
     monkeypatch.setattr(convolution, 'fastest', lambda ways: pytest.fail('probed'))
-    model = nn.Sequential(nn.Conv2d(2, outputs, 3), nn.Conv2d(2, 256, 1))
+    model = nn.Sequential(nn.Conv2d(3, outputs, 3, padding=1), nn.Conv2d(outputs, 256, 1))
     suit_small_maps(model)
-    assert choose_convolution(model, torch.device(device), precision) is None
+    assert choose_convolution(model, torch.device(device), precision, side) is None
+
+
+def test_the_maps_of_a_model_depend_on_its_images(monkeypatch):
+    """At 224 px, where no map of it is small enough, a log must not name columns."""
+    monkeypatch.setattr(convolution, 'fastest', lambda ways: 'columns')
+    model = timm.create_model('resnet18')
+    suit_small_maps(model)
+    before, rng = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    found = {size: choose_convolution(model, CPU, 'bfloat16', size) for size in (32, 128, 224)}
+    assert found == {32: 'columns', 128: 'columns', 224: None}
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert not any(module._forward_pre_hooks for module in model.modules())
 
 
 @pytest.mark.parametrize('winner', ['torch', 'columns'])
@@ -139,10 +153,10 @@ def test_the_probe_trains_both_ways_on_the_same_input(monkeypatch, winner):
         return winner
 
     monkeypatch.setattr(convolution, 'fastest', fastest)
-    model = nn.Conv2d(2, 256, 3)
+    model = nn.Conv2d(3, 256, 3, padding=1)
     suit_small_maps(model)
     before = torch.get_rng_state()
-    assert choose_convolution(model, CPU, 'bfloat16') == winner
+    assert choose_convolution(model, CPU, 'bfloat16', 4) == winner
     assert torch.equal(torch.get_rng_state(), before)  # no random numbers are drawn from the stream of the caller
     of_maps, of_weight = taken['columns']
     assert (of_maps.dtype, of_weight.dtype) == (torch.bfloat16, torch.float32)

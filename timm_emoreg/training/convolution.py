@@ -141,12 +141,24 @@ class _Conv2d(nn.Conv2d):
         return (self.groups == 1 and self.dilation == (1, 1) and self.kernel_size != (1, 1)
                 and self.out_channels >= _WIDE)
 
+    def is_matrix(self, size: tuple[int, int]) -> bool:
+        """Whether a map of that size is multiplied as a whole: with one weight for each pair of a place and an output
+        there is no more to multiply than with the kernel."""
+        return (self.groups == 1 and self.dilation == (1, 1)
+                and (prod(size) == 1 or prod(size) < prod(self.kernel_size)))
+
+    def few_places(self, size: tuple[int, int]) -> tuple[int, int] | None:
+        """Places of the kernel on a map of that size, if its columns are worth a trial; None if not."""
+        if not self.suits_columns or self.is_matrix(size):
+            return None
+        places = tuple(map(_count, size, self.kernel_size, self.stride, self.padding))
+        return places if min(places) > 0 and prod(places) * _FEW <= self.out_channels else None
+
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if torch.compiler.is_compiling():  # to compile what builds the matrices took minutes
             return super()._conv_forward(input, weight, bias)
         size, kernel = tuple(input.shape[-2:]), self.kernel_size
-        # With one weight for each pair of a place and an output there is no more to multiply than with the kernel.
-        if self.groups == 1 and self.dilation == (1, 1) and (prod(size) == 1 or prod(size) < prod(kernel)):
+        if self.is_matrix(size):
             grid = _grid(size, kernel, self.stride, self.padding)
             if prod(grid.outputs):
                 pointwise = kernel == (1, 1) and self.padding == (0, 0)  # of one place, so the weight is the matrix
@@ -154,10 +166,8 @@ class _Conv2d(nn.Conv2d):
                 bias = None if bias is None else bias.repeat(len(grid.meets))
                 outputs = F.linear(input.permute(0, 2, 3, 1).flatten(1), matrix, bias)
                 return outputs.view(len(outputs), *grid.outputs, len(weight)).permute(0, 3, 1, 2)
-        if self.columns and self.suits_columns:
-            places = tuple(map(_count, size, kernel, self.stride, self.padding))
-            if min(places) > 0 and prod(places) * _FEW <= self.out_channels:
-                return _convolve_columns(input, weight, bias, self.stride, self.padding, places)
+        if self.columns and (places := self.few_places(size)):
+            return _convolve_columns(input, weight, bias, self.stride, self.padding, places)
         if all(side >= k for side, k in zip(size, kernel, strict=True)):
             return super()._conv_forward(input, weight, bias)  # such a map meets all of it, unless it is dilated
         (top, bottom, rows), (left, right, columns) = map(
@@ -189,7 +199,23 @@ def _train(maps: Tensor, conv: nn.Module, autocast) -> tuple[Tensor, ...]:
     return torch.autograd.grad(out.sum(), (maps, conv.weight))
 
 
-def choose_convolution(model: nn.Module, device: torch.device, precision: str) -> str | None:
+@torch.no_grad()
+def _has_few_places(model: nn.Module, device: torch.device, img_size: int) -> bool:
+    """Whether a wide convolution meets a map so small that its columns are worth a trial, seen in a forward pass."""
+    wide = [module for module in model.modules() if isinstance(module, _Conv2d) and module.suits_columns]
+    found = []
+    hooks = [module.register_forward_pre_hook(lambda module, args: found.append(module.few_places(args[0].shape[-2:])))
+             for module in wide]
+    try:
+        if wide:
+            model.eval()(torch.zeros(1, 3, img_size, img_size, device=device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return any(found)
+
+
+def choose_convolution(model: nn.Module, device: torch.device, precision: str, img_size: int) -> str | None:
     """``'columns'`` where wide convolutions of small maps train faster so than by torch, by a short probe.
 
     In 16 bits the backward pass of torch's convolution on CPUs can take several times as long as the same numbers of
@@ -197,16 +223,16 @@ def choose_convolution(model: nn.Module, device: torch.device, precision: str) -
     maps and fewer outputs the copies cost more than that.
 
     Args:
-        model: A model after `suit_small_maps`.
+        model: A model after `suit_small_maps`, on `device`; it is in evaluation mode afterwards if it was looked at.
         device: Where it runs; only a CPU is probed.
         precision: What `choose_precision` gave; in float32 torch's way stays.
+        img_size: Side of the smallest images that it is trained on.
 
     Returns:
-        ``'columns'`` or ``'torch'``; None, without a probe, on other devices, in float32, and for a model without
-        convolutions of 256 outputs or more.
+        ``'columns'`` or ``'torch'``; None, without a probe, on other devices, in float32, and for a model that has no
+        convolution of 256 outputs or more on such small maps.
     """
-    wide = any(isinstance(module, _Conv2d) and module.suits_columns for module in model.modules())
-    if device.type != 'cpu' or precision == 'float32' or not wide:
+    if device.type != 'cpu' or precision == 'float32' or not _has_few_places(model, device, img_size):
         return None
     # the narrowest convolution and its largest map; ones, because random numbers would be drawn from the stream of the
     # caller
