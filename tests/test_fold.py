@@ -63,10 +63,12 @@ def test_small_image_forms(tmp_path):
 
 def test_a_folded_model_is_fed_and_answers_as_before():
     model = timm.create_model('emoreg_resnet18', num_classes=2, small_image=True, modulation=False)
-    model.pretrained_cfg |= {'label_names': ('cat', 'dog'), 'mean': (0.4, 0.5, 0.6), 'std': (0.2, 0.2, 0.3)}
+    model.pretrained_cfg |= {'label_names': ('cat', 'dog'), 'mean': (0.4, 0.5, 0.6), 'std': (0.2, 0.2, 0.3),
+                             'license': 'cc-by-sa-4.0'}
     plain = fold(model)
     assert resolve_model_data_config(plain) == resolve_model_data_config(model)
     assert plain.pretrained_cfg['label_names'] == ('cat', 'dog')
+    assert plain.pretrained_cfg['license'] == 'cc-by-sa-4.0'  # not that of the stock model
     assert not {'url', 'file', 'hf_hub_id', 'tag'} & plain.pretrained_cfg.keys()  # of the weights of the stock model
     assert (plain.pretrained_cfg['first_conv'], plain.pretrained_cfg['classifier']) == ('conv1', 'fc')
 

@@ -204,6 +204,9 @@ def test_an_exported_run_brings_its_names_and_size(run, tmp_path):
     save_for_hf(model, tmp_path, model_config={'emoreg': {'affect_names': ['joy', 'fear', 'anger']}},
                 safe_serialization=True)
     assert released_model(f'local-dir:{tmp_path}').affect_names == ('joy', 'fear', 'anger')
+    # the backbone's own weights are under a licence, of which nothing is in these
+    assert 'license' in timm.create_model('test_resnet').pretrained_cfg
+    assert 'license' not in json.loads((tmp_path / 'config.json').read_text())['pretrained_cfg']
 
 
 @pytest.mark.parametrize(('name', 'message'), [

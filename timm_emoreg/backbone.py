@@ -28,7 +28,7 @@ LATE_DROPOUT = ('LCNetV2', 'MultiScaleVit')
 # The cfg entries that tell where weights come from and what they were trained for, not how to feed the model.
 WEIGHT_CFG_KEYS = ('url', 'file', 'hf_hub_id', 'hf_hub_filename', 'source', 'architecture', 'tag', 'custom_load',
                   'label_offset', 'label_names', 'label_descriptions', 'description', 'origin_url', 'paper_name',
-                  'paper_ids', 'notes')
+                  'paper_ids', 'notes', 'license')
 
 
 class Classifier(NamedTuple):

@@ -15,6 +15,8 @@ __all__ = ['FoldError', 'fold']
 # what a pretrained cfg says of the images that a model was made for, and of its answers
 IMAGE_CFG_KEYS = ('input_size', 'pool_size', 'fixed_input_size', 'crop_pct', 'crop_mode', 'test_input_size',
                  'test_crop_pct', 'interpolation', 'mean', 'std', 'label_names', 'label_descriptions')
+# and the terms of the weights that it was built from, which hold for what they are folded into
+KEPT_CFG_KEYS = (*IMAGE_CFG_KEYS, 'license')
 
 
 class FoldError(ValueError):
@@ -65,10 +67,11 @@ def fold(model: EmoReg) -> nn.Module:
 
 
 def _described(plain: nn.Module, model: EmoReg) -> nn.Module:
-    """What an export of the plain model says of it: how to build and feed it, not which weights it came from."""
+    """What an export of the plain model says of it: how to build and feed it and under which terms, not which weights
+    it came from."""
     kept = without_weights(getattr(plain, 'pretrained_cfg', {}))
     ours = getattr(model, 'pretrained_cfg', None) or {}
-    kept |= {k: ours[k] for k in IMAGE_CFG_KEYS if k in ours}
+    kept |= {k: ours[k] for k in KEPT_CFG_KEYS if k in ours}
     plain.pretrained_cfg = plain.default_cfg = dict(kept, num_classes=plain.num_classes)
     if model.small_image and isinstance(plain, ResNet):
         # A stem with another stride has tensors of the same shapes; timm refuses this argument, as it should.
