@@ -18,6 +18,15 @@ def test_only_what_stands_between_is_replaced(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ['README.md']
 
 
+def test_marks_with_nothing_between_them_are_filled(tmp_path):
+    path = tmp_path / 'README.md'
+    path.write_text('a\n<!-- study -->\n<!-- /study -->\nb\n')
+    assert between_marks(path, 'study') == ''
+    for _ in range(2):
+        write_between_marks(path, 'study', '| x |\n')
+        assert path.read_text() == 'a\n<!-- study -->\n| x |\n<!-- /study -->\nb\n'
+
+
 def test_a_file_without_the_marks_stays_as_it_is(tmp_path):
     path = tmp_path / 'README.md'
     path.write_text(TEXT)

@@ -14,7 +14,7 @@ class MarksError(ValueError):
 
 
 def _pattern(name: str) -> re.Pattern:
-    return re.compile(f'(<!-- {name} -->\n)(.*?)(\n<!-- /{name} -->)', re.DOTALL)
+    return re.compile(f'(<!-- {name} -->\n)(.*?)\n?(<!-- /{name} -->)', re.DOTALL)
 
 
 def between_marks(path: Path, name: str) -> str:
@@ -38,5 +38,6 @@ def write_between_marks(path: Path, name: str, table: str) -> None:
         MarksError: If the file is not there, or has no such marks.
     """
     between_marks(path, name)
-    text = _pattern(name).sub(lambda marks: marks[1] + table.rstrip('\n') + marks[3], path.read_text(encoding='utf-8'))
+    table = table.rstrip('\n')
+    text = _pattern(name).sub(lambda marks: f'{marks[1]}{table}\n{marks[3]}', path.read_text(encoding='utf-8'))
     write_text(path, text)

@@ -55,6 +55,7 @@ def test_learning_curves_are_means_over_seeds(tmp_path, figures, longest, scale)
             lines = [f'{epoch},{10 * epoch + seed if epoch % 2 else ""}' for epoch in range(epochs)]
             summary = tmp_path / f'runs/{arm.replace(":", ".")}_1000_s{seed}/task/summary.csv'
             summary.write_text('\n'.join(['epoch,eval_top1', *lines]) + '\n')
+    write_run(tmp_path, 'plain', 2, 60.0)  # whose folder lies elsewhere
     draw_learning_curves(tmp_path, read_settings(tmp_path), tmp_path / 'curves.png')
     assert Image.open(tmp_path / 'curves.png').format == 'PNG'
     axis, = figures[0].axes

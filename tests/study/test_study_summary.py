@@ -58,6 +58,19 @@ def test_a_set_of_ones_own_has_the_name_that_the_table_shows(csv):
     assert [line.label for line in read_summary(csv)] == ['short', 'full']
 
 
+def test_a_folder_of_several_models_is_told_apart_by_a_column(csv):
+    results = csv.parent / 'b/results.csv'
+    first = results.read_text()
+    others = ''.join(line.replace('resnet10t', 'test_vit') for line in first.splitlines(keepends=True)[1:])
+    results.write_text(first + others.replace('_1000_', '_vit_1000_'))
+    row = 'x,b,emoji,cifar10,1000,0'
+    csv.write_text(f'{HEADER}{row}\n')
+    with pytest.raises(StudyError, match=r'holds 2 such settings\. Tell them apart by a column model\. It'):
+        read_summary(csv)
+    csv.write_text(f'{HEADER.strip()},model\n{row},test_vit\n{row},resnet10t\n')
+    assert [line.setting.model for line in read_summary(csv)] == ['test_vit', 'resnet10t']
+
+
 def test_what_has_not_the_pairs_of_all_seeds_is_marked(csv, figures):
     for seed in (0, 1, 2):
         write_run(csv.parent / 'b', 'shuffled', seed, 51.0 - seed)

@@ -202,13 +202,16 @@ def test_runs_of_other_commits_or_devices_are_not_paired_without_a_word(folder):
     path = folder / 'results.csv'
     rows = [row | {'commit': 'aaa', 'device': 'CPU, 1 threads'} for row in read_rows(path)]
     write_rows(path, rows, COLUMNS)
-    assert 'Not only the arm' not in tables(folder)
     one = next(row for row in rows if row['arm'] == 'plain' and row['seed'] == '1')
+    for same in ('CPU, 1 threads', 'CPU, 1 thread', 'CPU, 2 threads'):
+        one['device'] = same
+        write_rows(path, rows, COLUMNS)
+        assert 'Not only the arm' not in tables(folder)
     one |= {'commit': 'bbb-dirty', 'device': 'NVIDIA H200'}
     write_rows(path, rows, COLUMNS)
     text = tables(folder)
-    assert ('Not only the arm differs: the runs of seed 1 were made on different devices (CPU, 1 threads, NVIDIA '
-            'H200). Run the arms of a seed on one machine.') in text
+    assert ('Not only the arm differs: the runs of seed 1 were made on different devices (CPU, NVIDIA H200). '
+            'Run the arms of a seed on one machine.') in text
     assert ('Not only the arm differs: the runs of seed 1 were made at different commits (aaa, bbb-dirty). Make sure '
             'that nothing that these arms do has changed between them, or run the arms of a seed at one.') in text
 

@@ -84,7 +84,8 @@ def _parser() -> argparse.ArgumentParser:
     table.add_argument('--seeds', nargs='+', type=int, help='print the table of these seeds only, and write nothing')
     summary = commands.add_parser('summary', help='one table and one picture of settings of several studies')
     summary.add_argument('settings', type=Path, metavar='CSV', help='names them, in the columns setting, folder, '
-                         'stimuli, target, train_images and seeds; the picture lies beside it')
+                         'stimuli, target, train_images and seeds, and model where a folder has several; the picture '
+                         'lies beside it')
     summary.add_argument('--write', type=Path, metavar='README', help='write the table between the marks of a file')
     for command in (run, table):
         command.add_argument('--output', type=Path, required=True, metavar='DIR', help="the study's folder")

@@ -101,11 +101,12 @@ def draw_learning_curves(folder: Path, settings: Sequence[Setting], picture: Pat
         for arm, runs in setting.arms.items():
             if ':' in arm:
                 continue
-            by_epoch = defaultdict(list)
-            for row in runs.values():
+            by_epoch, drawn = defaultdict(list), set()
+            for seed, row in runs.items():  # some may lie elsewhere
                 for path in (folder / 'runs' / row['key']).glob('*/summary.csv'):
                     for line in read_rows(path):
                         if line.get('eval_top1'):
+                            drawn.add(seed)
                             by_epoch[int(line['epoch']) + 1].append(float(line['eval_top1']))
             if not by_epoch:
                 continue
@@ -118,7 +119,7 @@ def draw_learning_curves(folder: Path, settings: Sequence[Setting], picture: Pat
                 axis.fill_between(epochs, *([end(by_epoch[e]) for e in epochs] for end in (min, max)),
                                   color=colour, alpha=0.15, linewidth=0)
             lengths.append(epochs[-1])
-            lines.append((means[-1], line, f'{arm} ({len(runs)}): {means[-1]:.1f}'))
+            lines.append((means[-1], line, f'{arm} ({len(drawn)}): {means[-1]:.1f}'))
         if lengths and max(lengths) > 3 * min(lengths):
             axis.set_xscale('log')
             axis.xaxis.set_major_formatter(ScalarFormatter())

@@ -43,7 +43,7 @@ def read_summary(path: Path) -> list[Line]:
     Args:
         path: A csv with the columns setting (how it is to be called), folder (of a study, relative to the csv),
             stimuli, target (of sets of one's own the path or its last part), train_images, and seeds, such as ``0-4``
-            or ``0 2 5-9``.
+            or ``0 2 5-9``; perhaps model, where a folder holds several.
 
     Raises:
         StudyError: If the csv lacks a column, or names a setting that is not there or has no regulated arm.
@@ -61,13 +61,13 @@ def read_summary(path: Path) -> list[Line]:
             raise StudyError(f'{path}: seeds {row["seeds"]!r} of {row["setting"]} are none. Give numbers and ranges, '
                              'such as 0-4.') from None
         there = [setting for setting in read_settings(folder, seeds) if ARM in setting.arms]
-        found = [setting for setting in there if all(
+        found = [setting for setting in there if row.get('model') in (None, '', setting.model) and all(
             name in (full, short_name(full)) for name, full in zip(where, setting[1:4], strict=True))]
         if len(found) != 1:
             known = '; '.join(f'{setting.model}, {", ".join(setting[1:4])}' for setting in there) or 'none'
+            remedy = 'Tell them apart by a column model' if len(found) > 1 else 'Correct the row'
             raise StudyError(f'{path}: {row["setting"]} asks {folder} for {ARM} runs on {", ".join(where)} training '
-                             f'images, and that holds {len(found)} such settings. Correct the row. It holds: '
-                             f'{known}.')
+                             f'images, and that holds {len(found)} such settings. {remedy}. It holds: {known}.')
         if missing := sorted(set(seeds) - found[0].arms[ARM].keys()):
             raise StudyError(f'{path}: {row["setting"]} asks for seeds {row["seeds"]}, and {folder} has no finished '
                              f'{ARM} run of {", ".join(map(str, missing))}. Name those that it has, or run the others.')

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections.abc import Iterable, Sequence
 from itertools import product
@@ -342,7 +343,8 @@ _WAYS = (
 
 def _computed_otherwise(folder: Path, setting: Setting) -> list[str]:
     """Warnings for paired runs that differ in precision, attention or convolution kernel or loader, in either stage (on
-    another processor, under load, or with too little memory), in the kind of device, or in the commit of the code."""
+    another processor, under load, or with too little memory), in the device, whatever its number of threads, or in the
+    commit of the code."""
     seeds = {str(seed) for runs in setting.arms.values() for seed in runs}
     stages = {'': [row for runs in setting.arms.values() for row in runs.values()],
               ' in stage 1': [row for row in read_runs(folder, 'stage1.csv') if row['seed'] in seeds
@@ -352,7 +354,8 @@ def _computed_otherwise(folder: Path, setting: Setting) -> list[str]:
         found: dict[str, set[str]] = {}
         for row in rows:
             if value := row.get(name):  # older rows do not tell of each
-                found.setdefault(row['seed'], set()).add(value + unit)
+                kind = re.sub(r', \d+ threads?$', '', value) if name == 'device' else value
+                found.setdefault(row['seed'], set()).add(kind + unit)
         mixed = [seed for seed, values in found.items() if len(values) > 1]
         if mixed:
             values = ', '.join(sorted(set().union(*(found[seed] for seed in mixed))))
