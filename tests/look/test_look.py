@@ -1,8 +1,11 @@
 """python -m timm_emoreg.look: what is printed, what is drawn, what is refused."""
 import dataclasses
+import io
 import itertools
 import json
+import os
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +26,7 @@ from timm_emoreg.drawing import short
 from timm_emoreg.look.command import main
 from timm_emoreg.look.image_picture import draw_images
 from timm_emoreg.look.set_picture import draw_set
-from timm_emoreg.trained import Trained
+from timm_emoreg.trained import Trained, released_model
 
 WEIGHT = 'emoreg_vit_tiny.emoji'
 EMOTIONS = ('neutral', 'happiness', 'surprise', 'a very long name of an emotion')
@@ -235,6 +238,22 @@ def test_the_command_looks_at_a_set(tmp_path, classifier, capsys, monkeypatch):
     part = json.loads(capsys.readouterr().out)
     assert (part['images'], set(part['affective_state'])) == (2, {'dark', 'light'})
     assert part['largest_standard_error'] is None
+
+
+def test_classes_whose_names_are_no_text_are_printed(tmp_path, classifier, monkeypatch):
+    try:
+        (tmp_path / 'set/dark').rename(tmp_path / 'set' / os.fsdecode(b'd\xe9'))
+    except OSError:
+        pytest.skip('the file system takes no such names')
+    trained = dataclasses.replace(released_model(classifier), label_names=(os.fsdecode(b'd\xe9'), 'light'))
+    monkeypatch.setattr('timm_emoreg.look.command.released_model', lambda _: trained)
+    monkeypatch.setattr(sys, 'stdout', io.TextIOWrapper(io.BytesIO(), encoding='utf-8'))
+    for what in (('--dataset', str(tmp_path / 'set')), (str(tmp_path / 'set/light/0.png'),)):
+        assert main([*what, '--model', classifier, '-o', str(tmp_path / 'out.png')]) == 0
+    sys.stdout.seek(0)
+    whole, one = map(json.loads, sys.stdout)
+    assert set(whole['affective_state']) == {'d?', 'light'}
+    assert one['image'].endswith('light/0.png')
 
 
 def test_a_model_of_other_classes_is_refused(tmp_path, classifier, capsys):

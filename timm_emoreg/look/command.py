@@ -92,6 +92,11 @@ def _writing(path: Path) -> Iterator[None]:
         raise DataError(f'-o {path}: cannot be written ({e.strerror}). Choose another folder, or make room.') from e
 
 
+def _say(numbers: dict) -> None:
+    text = json.dumps(numbers, ensure_ascii=False)
+    print(text.encode('utf-8', 'replace').decode())  # names of files and folders may hold bytes that are no text
+
+
 def _look_at_images(args: argparse.Namespace, trained: Trained, pictures: list) -> None:
     images = ImageSet(args.images, torch.zeros(len(args.images), dtype=torch.long), Target('class', ('unknown',)))
     answers, slopes = answer(trained, images, args.device, gradient=True)
@@ -101,8 +106,7 @@ def _look_at_images(args: argparse.Namespace, trained: Trained, pictures: list) 
     with _writing(args.output):
         draw_images(trained, names, pictures, answers, slopes, args.output)
     for i, path in enumerate(args.images):
-        name = str(path).encode('utf-8', 'replace').decode()  # which may hold bytes that are no text
-        print(json.dumps({'image': name, **describe_image(trained, answers, i)}, ensure_ascii=False))
+        _say({'image': str(path), **describe_image(trained, answers, i)})
 
 
 def _look_at_set(args: argparse.Namespace, trained: Trained) -> None:
@@ -115,8 +119,7 @@ def _look_at_set(args: argparse.Namespace, trained: Trained) -> None:
     answers, _ = answer(trained, images, args.device)
     with _writing(args.output):
         draw_set(trained, splits.name, images, answers, args.output)
-    print(json.dumps({'dataset': splits.name, 'part': 'test',
-                      **describe_set(trained, answers, images.targets, names)}, ensure_ascii=False))
+    _say({'dataset': splits.name, 'part': 'test', **describe_set(trained, answers, images.targets, names)})
 
 
 def main(argv: list[str] | None = None) -> int:
