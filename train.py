@@ -118,7 +118,9 @@ from timm_emoreg.training.settings import (
 )
 from timm_emoreg.training.trainable import (
     BUILD_ERRORS,
+    DAMAGED_WEIGHTS,
     ModelError,
+    brief,
     check_takes,
     check_takes_one,
     lacks_memory,
@@ -309,17 +311,27 @@ def checked_model(args, task: str, splits, experience: Experience | None, batch_
         model = build_model(args, task, splits, experience, resumed)
         if args.grad_checkpointing:
             model.set_grad_checkpointing()
+    except DAMAGED_WEIGHTS as e:
+        raise ModelError(f'--pretrained-backbone: the weights of {args.backbone} cannot be read ({brief(e)}). Their '
+                         'file is damaged: get it anew, or leave the flag out.') from e
     except OSError as e:
         if not args.pretrained_backbone:
             raise
+        file = args.model_kwargs.get('pretrained_cfg_overlay', {}).get('file')
+        if file and not Path(file).is_file():
+            raise ModelError(f'--model-kwargs pretrained_cfg_overlay: there is no file {file}. Correct the '
+                             'path.') from e
         raise ModelError(f'--pretrained-backbone: the weights of {args.backbone} cannot be had ({reason_of(e)}). Leave '
                          'it out, or try again with a connection.') from e
     except BUILD_ERRORS as e:
         if lacks_memory(e):
             raise
+        if args.pretrained_backbone and str(e).startswith('No pretrained weights exist'):
+            raise ModelError(f'--pretrained-backbone: timm has no weights of {args.backbone}. Leave it out, or use '
+                             'another --model.') from e
         flags = [flag for flag, value in (
             ('--model-kwargs', args.model_kwargs), ('--drop', args.drop), ('--drop-path', args.drop_path),
-            ('--grad-checkpointing', args.grad_checkpointing),
+            ('--grad-checkpointing', args.grad_checkpointing), ('--pretrained-backbone', args.pretrained_backbone),
             ('--experience', experience is not None and experience.state_dict)) if value]
         form = '--no-small-image' if args.small_image else '--small-image'
         raise ModelError(f'--model {args.model} cannot be built so: {reason_of(e)}. Change '
@@ -637,8 +649,9 @@ def train_epochs(args, loop: Loop, model, first_epoch: int, epochs: int, train_l
         began = time.perf_counter()
         parts = train_epoch(epoch, loop, train_loader, args)
         if args.distributed:
-            for one in (model, *([task.get_eval_model(ema=True)] if task.has_ema() else [])):
-                distribute_bn(unwrap_model(one), args.world_size, reduce=True)
+            distribute_bn(unwrap_model(model), args.world_size, reduce=True)
+            if task.has_ema():  # those of the first process, which alone are in a checkpoint of the moment
+                distribute_bn(unwrap_model(task.get_eval_model(ema=True)), args.world_size, reduce=False)
         judged = (epoch + 1) % args.val_interval == 0 or epoch + 1 == epochs
         scores = evaluate(task, validation_loader, loop.autocast, args) if judged else {}
         check_finite(task, scores.get('loss', 0.0), f'after epoch {epoch + 1}')
@@ -834,7 +847,10 @@ def resume_command(args) -> str:
     if args.distributed:
         each = os.environ.get('LOCAL_WORLD_SIZE', args.world_size)
         launcher = 'srun python' if 'SLURM_PROCID' in os.environ else f'torchrun --nproc-per-node {each}'
-    return f'{launcher} train.py --resume {shlex.quote(str(Path(args.output) / args.experiment))}'
+    kind, _, number = str(args.device).partition(':')
+    usual = kind == ('cuda' if torch.cuda.is_available() else 'cpu') and (args.distributed or not number)
+    device = '' if usual else f' --device {args.device}'
+    return f'{launcher} train.py --resume {shlex.quote(str(Path(args.output) / args.experiment))}{device}'
 
 
 def last_good(args) -> Path | None:

@@ -212,6 +212,13 @@ def test_stimuli_images_and_stage_1_are_those_of_the_run(trained_run, colours, c
     torch.save(stage_2, tmp_path / 'random.pth.tar')
     assert main([str(tmp_path / 'random.pth.tar')]) == 2
     assert 'started from no stage 1 that could be compared with it. Give a run' in capsys.readouterr().err
+    stage_2['args'].experience = str(trained_run)
+    for pretrained, status in ((False, 0), (True, 2)):
+        stage_2['args'].experience_share, stage_2['args'].pretrained_backbone = 0.2, pretrained
+        torch.save(stage_2, tmp_path / 'share.pth.tar')
+        assert main([str(tmp_path / 'share.pth.tar')]) == status
+    assert ('share.pth.tar: started from a share of stage 1 mixed with the pretrained weights of its backbone, which a '
+            'run does not keep. Give one of all of stage 1 or without --pretrained-b') in capsys.readouterr().err
     stage_1 = torch.load(trained_run / 'affect/model_best.pth.tar', weights_only=False)
     stage_1['args'].shuffle_stimuli_labels = True
     torch.save(stage_1, tmp_path / 'shuffled.pth.tar')

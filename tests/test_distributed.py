@@ -160,6 +160,15 @@ def test_both_processes_judge_the_same_statistics_of_batch_norm(tmp_path, folder
         found.append(next(line for line in text.splitlines() if line.startswith('statistics')))  # after the epoch
     assert len(found[0]) > 100
     assert found[0] == found[1]
+    # and the same again after a stop within the epoch
+    argv = (*argv, '--experiment', 'stopped')
+    for run in start(*argv, prepare=(partial(signal_at_step, 3), None)):
+        assert run.end()[0] == 128 + signal.SIGTERM
+    for run in start('--resume', tmp_path / 'stopped', '--device', 'cpu',
+                     prepare=(report_statistics, report_statistics)):
+        status, text = run.end()
+        assert status == 0, text
+        assert next(line for line in text.splitlines() if line.startswith('statistics')) == found[0]
 
 
 @pytest.mark.slow

@@ -309,7 +309,7 @@ def test_a_precision_that_is_chosen_anew_needs_no_scaler_in_the_checkpoint(run, 
 @pytest.mark.parametrize(('model', 'name', 'choice', 'has_it'), [
     ('test_vit', 'attention', lambda model, device, precision, img_size: 'plain',
      lambda task: not fused_attentions(task)),
-    ('test_resnet', 'convolution', lambda model, device, precision: 'columns',
+    ('test_resnet', 'convolution', lambda model, device, precision, img_size: 'columns',
      lambda task: all(m.columns for m in task.modules() if isinstance(m, torch.nn.Conv2d)))])
 def test_a_kernel_is_chosen_once_a_stage(run, train, tmp_path, folder, monkeypatch, model, name, choice, has_it, old):
     found, epoch = [], train.train_epoch
@@ -514,6 +514,33 @@ def test_weights_that_cannot_be_fetched_are_named_and_leave_the_name_free(run, t
     status, _, err = run('--task', 'plain', '--dataset', folder, '--pretrained-backbone')
     assert (status, err) == (2, 'train.py: --pretrained-backbone: the weights of test_resnet cannot be had (the Hub '
                                 'cannot be reached). Leave it out, or try again with a connection.\n')
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(('file', 'content', 'message'), [
+    ('a.pth', None, "--model-kwargs pretrained_cfg_overlay: there is no file {}. Correct the path."),
+    ('a.safetensors', b'version https://git-lfs.github.com/spec/v1', '--pretrained-backbone: the weights of '
+     'test_resnet cannot be read ('),
+    ('a.pth', b'', '--pretrained-backbone: the weights of test_resnet cannot be read (')])
+def test_a_file_of_weights_that_is_none_is_named(run, tmp_path, folder, file, content, message):
+    path = folder.parent / file
+    if content is not None:
+        path.write_bytes(content)
+    try:
+        status, _, err = run('--task', 'plain', '--dataset', folder, '--pretrained-backbone', '--model-kwargs',
+                             f"pretrained_cfg_overlay={{'file':'{path}','num_classes':3}}")
+    finally:
+        path.unlink(missing_ok=True)
+    assert (status, err.count('\n')) == (2, 1)
+    assert err.startswith(f'train.py: {message.format(path)}')
+    assert content is None or err.endswith('). Their file is damaged: get it anew, or leave the flag out.\n')
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_backbone_without_weights_is_told_to_have_none(run, tmp_path, folder):
+    status, _, err = run('--task', 'plain', '--dataset', folder, '--pretrained-backbone', model='resnet200')
+    assert (status, err) == (2, 'train.py: --pretrained-backbone: timm has no weights of resnet200. Leave it out, or '
+                                'use another --model.\n')
     assert os.listdir(tmp_path) == []
 
 
@@ -761,12 +788,17 @@ def test_ratings_of_one_test_image_cannot_be_judged(run, tmp_path, folder):
     assert os.listdir(tmp_path) == []
 
 
-def test_an_existing_run_is_not_overwritten(run, tmp_path, folder):
+def test_what_has_the_name_of_a_run_is_not_overwritten(run, tmp_path, folder):
     (tmp_path / 'run').mkdir()
     status, _, err = run('--task', 'plain', '--dataset', folder)
-    assert status == 2
-    assert f'Continue it with --resume {tmp_path / "run"}' in err
+    assert (status, err) == (2, f'train.py: {tmp_path / "run"} exists and is no run of this script. Remove it, or '
+                                'choose another --experiment.\n')
     assert os.listdir(tmp_path / 'run') == []
+    (tmp_path / 'run/args.json').write_text('{}')
+    status, _, err = run('--task', 'plain', '--dataset', folder)
+    assert (status, err) == (2, f'train.py: {tmp_path / "run"} exists. Continue it with --resume {tmp_path / "run"}, '
+                                'or choose another --experiment.\n')
+    assert (tmp_path / 'run/args.json').read_text() == '{}'
 
 
 def states(train, path: Path) -> dict:
@@ -952,11 +984,23 @@ def test_stage_2_of_a_registered_model_starts_from_the_released_stage_1(run, tra
 
 
 def test_a_run_goes_on_under_the_launcher_that_started_it(train, monkeypatch):
-    args = argparse.Namespace(distributed=True, world_size=4, output='out', experiment='a b')
+    args = argparse.Namespace(distributed=True, world_size=4, output='out', experiment='a b', device='cuda:0')
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     monkeypatch.delenv('SLURM_PROCID', raising=False)
     monkeypatch.setenv('LOCAL_WORLD_SIZE', '2')
     assert train.resume_command(args) == "torchrun --nproc-per-node 2 train.py --resume 'out/a b'"
     monkeypatch.setenv('SLURM_PROCID', '0')
     assert train.resume_command(args) == "srun python train.py --resume 'out/a b'"
-    args.distributed = False
+    args.distributed, args.device = False, 'cuda'
     assert train.resume_command(args) == "python train.py --resume 'out/a b'"
+
+
+@pytest.mark.parametrize(('gpu', 'distributed', 'device', 'told'), [
+    (True, False, 'cuda:1', ' --device cuda:1'), (True, False, 'cpu', ' --device cpu'),
+    (True, True, 'cpu', ' --device cpu'), (False, False, 'cpu', '')])
+def test_a_run_goes_on_where_it_was(train, monkeypatch, gpu, distributed, device, told):
+    """A device that would not be taken by itself is named."""
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: gpu)
+    monkeypatch.delenv('SLURM_PROCID', raising=False)
+    args = argparse.Namespace(distributed=distributed, world_size=2, output='out', experiment='run', device=device)
+    assert train.resume_command(args).partition('out/run')[2] == told

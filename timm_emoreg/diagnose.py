@@ -201,6 +201,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if stage_1 is None:
             raise DataError(f'{args.run}: started from no stage 1 that could be compared with it. Give a run of --task '
                             'emoreg with an experience.')
+        if trained.experience_share < 1 and trained.pretrained_backbone:
+            raise DataError(f'{args.run}: started from a share of stage 1 mixed with the pretrained weights of its '
+                            'backbone, which a run does not keep. Give one of all of stage 1 or without '
+                            '--pretrained-backbone.')
         experience = find_experience(stage_1)
         shown = {} if args.stimuli else dict(experience.stimuli)
         shown |= {name: getattr(args, name) for name in STIMULI_SETTINGS if getattr(args, name) is not None}

@@ -10,7 +10,6 @@ from typing import Any
 import timm
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
-from safetensors import SafetensorError
 from timm.data import resolve_model_data_config
 from torch import nn
 
@@ -22,7 +21,7 @@ from .small_image import whole_image_cfg
 from .training.checkpoint import BEST, CheckpointError, judged_state, load_training_checkpoint
 from .training.experience import Experience, find_experience
 from .training.settings import backbone_args, emoreg_args
-from .training.trainable import BUILD_ERRORS, reason_of
+from .training.trainable import BUILD_ERRORS, DAMAGED_WEIGHTS, reason_of
 
 __all__ = ['Trained', 'check_classes', 'need_affect', 'released_model', 'trained_model']
 
@@ -41,6 +40,7 @@ class Trained:
         dataset: What its run trained it on in stage 2; None for a released weight, and for the result of stage 1.
         experience: The result of stage 1 that its run started from, likewise; None also if that was none.
         experience_share: How much of its backbone the run started with, up to 1.
+        pretrained_backbone: Whether the rest was the pretrained weights of the backbone, not random ones.
     """
 
     source: str
@@ -52,6 +52,7 @@ class Trained:
     dataset: str | None = None
     experience: str | None = None
     experience_share: float = 1.0
+    pretrained_backbone: bool = False
 
     def label(self, index: int) -> str:
         """Name of a class, with its index where several have that name (ImageNet has two cranes)."""
@@ -134,7 +135,7 @@ def released_model(name: str) -> Trained:
     try:
         model = timm.create_model(name, pretrained=True)
         labels = tuple(model.pretrained_cfg.get('label_names') or ())
-    except (*BUILD_ERRORS, EOFError, OSError, SafetensorError) as e:
+    except (*BUILD_ERRORS, *DAMAGED_WEIGHTS, OSError) as e:
         if not colon:
             raise
         if plain:  # in a form that timm's own model has no argument for, such as small_image
@@ -268,4 +269,4 @@ def _loaded(where: str | Path, path: Path, args: dict[str, Any], state: dict[str
     experience = _stage_1_of(path, args) if stage_2 else 'none'
     return Trained(str(where), model.eval(), (args['img_size'],) * 2, affect_names, labels, args['data_dir'],
                    args.get('dataset') if model.num_classes else None, None if experience == 'none' else experience,
-                   args.get('experience_share', 1.0))
+                   args.get('experience_share', 1.0), args.get('pretrained_backbone', False))

@@ -111,6 +111,8 @@ from timm_emoreg.training.settings import batch_of_a_step
     (('--opt', 'adamw', '--opt-kwargs', 'layer_decay=0.7'), '--opt adamw, --opt-kwargs layer_decay=0.7: '),
     (('--opt', 'sgd', '--opt-kwargs', 'param_group_fn=x'), '--opt-kwargs param_group_fn=x: param_group_fn is a '),
     (('--opt', 'muon', '--opt-kwargs', 'ns_steps=abc'), '--opt muon, --opt-kwargs ns_steps=abc: '),
+    (('--opt', 'lookahed_sgd'), "--opt lookahed_sgd: timm has no wrapper 'lookahed' and would train with sgd alone. "
+                                'Use sgd or lookahead_sgd.'),
     (('--opt', 'lookahead_adahessian'), 'adahessian: needs second derivatives, which train.py does not compute'),
     (('--opt', 'bnbadamw', '--device', 'cpu'), '--opt bnbadamw: '),
     (('--opt', 'bnbadamw', '--opt-kwargs', 'foo=3', '--device', 'cpu'), '. timm.optim.list_optimizers() names the'),

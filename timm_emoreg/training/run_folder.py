@@ -53,6 +53,8 @@ def make_run(folder: Path, settings: dict) -> None:
                 shutil.rmtree(part, ignore_errors=True)
                 if not folder.exists():
                     raise
+    if not (folder / 'args.json').is_file():
+        raise BusyError(f'{folder} exists and is no run of this script. Remove it, or choose another --experiment.')
     raise BusyError(f'{folder} exists. Continue it with --resume {shlex.quote(str(folder))}, or choose another '
                     '--experiment.')
 

@@ -313,7 +313,11 @@ def _check_recipe(args: Namespace) -> None:
                             'name. Leave it out.')
     if args.opt:
         base = base_optimizer(args.opt)
-        if base in list_optimizers() and get_optimizer_info(base).second_order:
+        known = base in list_optimizers()
+        if known and args.opt not in (base, f'lookahead_{base}'):  # timm takes any prefix and no notice of it
+            raise SettingsError(f'--opt {args.opt}: timm has no wrapper {args.opt.rpartition("_")[0]!r} and would '
+                                f'train with {base} alone. Use {base} or lookahead_{base}.')
+        if known and get_optimizer_info(base).second_order:
             raise SettingsError(f'--opt {args.opt}: needs second derivatives, which train.py does not compute. '
                                 'timm.optim.list_optimizers() names the others.')
         try:

@@ -4,14 +4,18 @@ from __future__ import annotations
 from copy import deepcopy
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
-__all__ = ['BUILD_ERRORS', 'DEVICE_ERRORS', 'ModelError', 'brief', 'check_takes', 'check_takes_one', 'lacks_memory',
-           'reason_of']
+__all__ = ['BUILD_ERRORS', 'DAMAGED_WEIGHTS', 'DEVICE_ERRORS', 'ModelError', 'brief', 'check_takes', 'check_takes_one',
+           'lacks_memory', 'reason_of']
 
 
 # what timm's families raise for arguments and image sizes that they do not take
 BUILD_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
+# what readers of weights raise for a file that is cut off, beside a RuntimeError
+DAMAGED_WEIGHTS = (EOFError, SafetensorError)
 
 # what is no fault of the settings that are tried; both are RuntimeErrors
 DEVICE_ERRORS = (torch.AcceleratorError, torch.OutOfMemoryError)
