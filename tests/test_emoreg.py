@@ -200,9 +200,9 @@ def test_pretrained_backbone_gives_both_heads(tmp_path):
 
 
 @pytest.mark.parametrize('experience', ['shared', 'separate'])
-@pytest.mark.parametrize(('name', 'more'), [('emoreg', {'backbone': 'resnet18'}), ('emoreg_resnet18', {})])
+@pytest.mark.parametrize(('name', 'more'), [('emoreg', {'backbone': 'test_resnet'}), ('emoreg_resnet18', {})])
 def test_pretrained_backbone_comes_from_the_file_that_is_named(name, more, experience, tmp_path):
-    plain = plain_model('resnet18').eval()
+    plain = plain_model(more.get('backbone', 'resnet18')).eval()
     torch.save(plain.state_dict(), tmp_path / 'plain.pth')
     overlay = {'file': str(tmp_path / 'plain.pth'), 'num_classes': 5, 'mean': (0.1, 0.2, 0.3)}
     model = timm.create_model(name, pretrained_backbone=True, pretrained_cfg_overlay=overlay, num_classes=5,

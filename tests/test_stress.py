@@ -17,7 +17,8 @@ from training_process import Training, colours
 RECIPE = ('--model', 'test_resnet', '--img-size', 32, '-b', 8, '--no-amp', '--device', 'cpu')
 # where the state of a run is made, saved and read back
 WATCHED = ('/train.py', '/checkpoint_saver.py', '/summary.py', '/torch/serialization.py',
-           '/timm_emoreg/training/checkpoint.py', '/timm_emoreg/data/resident.py')
+           '/timm_emoreg/training/checkpoint.py', '/timm_emoreg/data/resident.py',
+           '/timm_emoreg/training/run_folder.py', '/timm_emoreg/files.py')
 
 
 @pytest.fixture(scope='module')
@@ -65,10 +66,11 @@ def test_killed_at_random_moments_a_run_resumes_to_the_numbers_of_the_unbroken_o
     assert len(results(tmp_path / 'unbroken')) == 1 + ('--stimuli' in flags)
     total = int(re.search(r'^calls (\d+)$', text, re.MULTILINE)[1])
     rng = random.Random(0)
-    name = 0
+    name = resumed = 0
     while kills:
         run = tmp_path / str(name)
         resumable = (run / 'args.json').exists()
+        resumed += resumable
         assert resumable or not run.exists()  # a folder is there with its settings or not at all
         call = rng.randrange(1, total)
         status, text = Training(*(('--resume', run) if resumable else (*argv, '--experiment', name)),
@@ -82,6 +84,7 @@ def test_killed_at_random_moments_a_run_resumes_to_the_numbers_of_the_unbroken_o
         status, text = Training(*(('--resume', run) if run.exists() else (*argv, '--experiment', name))).end()
         assert status == 0, text
         assert results(run) == results(tmp_path / 'unbroken')
+    assert resumed
 
 
 def fill_the_disk(module) -> None:

@@ -140,6 +140,25 @@ def test_an_epoch_that_few_images_choose_is_told(train, parsed, capsys, images, 
                      'chance. Add images, or take the last epoch by --val-interval 3.'] * said
 
 
+@pytest.mark.parametrize(('flags', 'lrs'), [
+    (('step',), [2e-3, 2e-4, 2e-5]),
+    (('step', '--decay-epochs', 2, '--decay-rate', 0.5), [0.02, 0.01, 0.01]),
+    (('poly',), [2 / 150, 1 / 150, 2e-5]),
+    (('poly', '--decay-rate', 2), [0.02 * 4 / 9, 0.02 / 9, 2e-5]),
+    (('cosine',), [0.015, 0.005, 2e-5]),
+])
+def test_every_schedule_ends_lower_than_it_began(train, parsed, flags, lrs):
+    args = parsed('--opt', 'sgd', '--epochs', 3, '--warmup-epochs', 0, '--lr', 0.02, '--sched', *flags)
+    model = timm.create_model('test_vit')
+    recipe = train.recipe_of(args, 'plain', model)
+    optimizer, scheduler = train.optimizer_of(args, 'plain', model, recipe, 3, 6, torch.device('cpu'), 'float32')
+    found = []
+    for epoch in range(3):
+        scheduler.step_update(num_updates=6 * (epoch + 1))
+        found.append(max(group['lr'] for group in optimizer.param_groups))
+    assert found == pytest.approx(lrs, rel=0.01)
+
+
 @pytest.mark.parametrize(('flags', 'asked', 'expected'), [
     ((), [32], 'columns'), (('--model', 'emoreg_resnet18', '--start-img-size', 16), [16], 'columns'),
     (('--torchcompile',), [], None)])

@@ -187,13 +187,13 @@ def test_unknown_labels_are_named():
         emoji_set.load_emoji_stimuli('groups')
 
 
-@pytest.mark.parametrize('content', [None, b'not a zip'])
-def test_missing_or_damaged_file(tmp_path, monkeypatch, content):
+@pytest.mark.parametrize(('content', 'reason'), [(None, 'missing'), (b'not a zip', 'not readable')])
+def test_missing_or_damaged_file(tmp_path, monkeypatch, content, reason):
     (tmp_path / 'assets').mkdir()
     if content is not None:
         (tmp_path / 'assets' / 'emoji.zip').write_bytes(content)
     monkeypatch.setattr(emoji_set, 'files', lambda package: tmp_path)
-    with pytest.raises(DataError, match=r'emoji\.zip.*(missing|not readable).*rebuild'):
+    with pytest.raises(DataError, match=rf'emoji\.zip.*{reason}.*rebuild'):
         emoji_set._load.__wrapped__()
 
 
