@@ -113,6 +113,9 @@ def test_a_card_says_what_the_weight_is_below(make_record):
     number = {'weight': 65.0, 'n': 1, 'mean': 65.0, 'sd': None}
     behind = replace(weight, metrics={'top1': number}, baseline={'top1': {**number, 'mean': 72.4}})
     assert '**It is 7.4 points below the plain backbone with the same recipe**' in make_card(behind)
+    rounded = {'top1': {**number, 'mean': 64.85}}  # 64.8 in the table, and the other one 65.1
+    assert '**It is 0.2 points' in make_card(replace(behind, metrics=rounded,
+                                                     baseline={'top1': {**number, 'mean': 65.08}}))
     for near in (65.0, 65.04):
         assert 'below the plain' not in make_card(replace(behind, baseline={'top1': {**number, 'mean': near}}))
     faces = make_record(stimuli='ferplus', licence='other', metric='top1', metrics={'top1': number},

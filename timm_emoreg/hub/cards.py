@@ -107,8 +107,9 @@ def _results(weight: Weight) -> str:
 def _behind(weight: Weight) -> str:
     """What a weight is below the plain backbone of the same recipe, in a sentence; empty if it is not."""
     baseline = weight.baseline.get(weight.metric)
-    below = round(baseline['mean'], 1) - round(weight.metrics[weight.metric]['mean'], 1) if baseline else 0
-    if round(below, 1) <= 0:  # as the table has them
+    # of the means themselves, so it may differ by 0.1 from what the rounded ones of the table give
+    below = baseline['mean'] - weight.metrics[weight.metric]['mean'] if baseline else 0
+    if round(below, 1) <= 0:
         return ''
     return (f'**It is {below:.1f} points below the plain backbone with the same recipe**: for classification alone, '
             'take that one.\n\n')
