@@ -123,6 +123,7 @@ from timm_emoreg.training.trainable import (
     brief,
     check_takes,
     check_takes_one,
+    is_damaged,
     lacks_memory,
     reason_of,
 )
@@ -304,6 +305,14 @@ def build_model(args, task: str, splits, experience: Experience | None, resumed:
     return model
 
 
+def image_sizes(args, epochs: int) -> list[int]:
+    """Sides of the training images of all epochs, the smallest first, `--img-size` last."""
+    if args.start_img_size is None:
+        return [args.img_size]
+    grown = (size_of_epoch(epoch, epochs, args.start_img_size, args.img_size) for epoch in range(epochs))
+    return sorted({args.start_img_size, *grown, args.img_size})
+
+
 def checked_model(args, task: str, splits, experience: Experience | None, batch_size: int, epochs: int, device,
                   resumed: bool):
     """The model on its device, if it takes images of the sizes of all epochs and so many of them at once."""
@@ -311,21 +320,21 @@ def checked_model(args, task: str, splits, experience: Experience | None, batch_
         model = build_model(args, task, splits, experience, resumed)
         if args.grad_checkpointing:
             model.set_grad_checkpointing()
-    except DAMAGED_WEIGHTS as e:
-        raise ModelError(f'--pretrained-backbone: the weights of {args.backbone} cannot be read ({brief(e)}). Their '
-                         'file is damaged: get it anew, or leave the flag out.') from e
     except OSError as e:
         if not args.pretrained_backbone:
             raise
-        file = args.model_kwargs.get('pretrained_cfg_overlay', {}).get('file')
+        file = (args.model_kwargs.get('pretrained_cfg_overlay') or {}).get('file')
         if file and not Path(file).is_file():
             raise ModelError(f'--model-kwargs pretrained_cfg_overlay: there is no file {file}. Correct the '
                              'path.') from e
         raise ModelError(f'--pretrained-backbone: the weights of {args.backbone} cannot be had ({reason_of(e)}). Leave '
                          'it out, or try again with a connection.') from e
-    except BUILD_ERRORS as e:
+    except (*BUILD_ERRORS, *DAMAGED_WEIGHTS) as e:
         if lacks_memory(e):
             raise
+        if args.pretrained_backbone and is_damaged(e):
+            raise ModelError(f'--pretrained-backbone: the weights of {args.backbone} cannot be read ({brief(e)}). '
+                             'Their file is damaged: get it anew, or leave the flag out.') from e
         if args.pretrained_backbone and str(e).startswith('No pretrained weights exist'):
             raise ModelError(f'--pretrained-backbone: timm has no weights of {args.backbone}. Leave it out, or use '
                              'another --model.') from e
@@ -341,11 +350,9 @@ def checked_model(args, task: str, splits, experience: Experience | None, batch_
         model.to(memory_format=torch.channels_last)
     check_takes(model, args.model, '--img-size', args.img_size, device)
     start = args.start_img_size
-    if start is not None:
-        sizes = {start, *(size_of_epoch(epoch, epochs, start, args.img_size) for epoch in range(epochs))}
-        for size in sorted(sizes - {args.img_size}):
-            grown = '' if size == start else f' {start}, grown to'
-            check_takes(model, args.model, f'--start-img-size{grown}', size, device)
+    for size in image_sizes(args, epochs)[:-1]:
+        grown = '' if size == start else f' {start}, grown to'
+        check_takes(model, args.model, f'--start-img-size{grown}', size, device)
     if device.type == 'cpu':
         suit_small_maps(model)
     synced = args.sync_bn and args.distributed
@@ -375,7 +382,7 @@ def build_task(args, task_name: str, model, splits, device, stimuli):
     return task
 
 
-def choose(args, model, splits, stimuli, device, out: Path) -> dict[str, str]:
+def choose(args, model, splits, stimuli, epochs: int, device, out: Path) -> dict[str, str]:
     """Precision, attention, convolution and loaders for this machine here and now, chosen once and kept for resumes."""
     def choices() -> dict[str, str]:
         size = (args.img_size, args.img_size)
@@ -383,7 +390,7 @@ def choose(args, model, splits, stimuli, device, out: Path) -> dict[str, str]:
         attention = choose_attention(model, device, precision, args.img_size)
         # a compiler sees torch's
         convolution = None if args.torchcompile else choose_convolution(
-            model, device, precision, args.start_img_size or args.img_size)
+            model, device, precision, image_sizes(args, epochs))
         kernels = {name: kind for name, kind in (('attention', attention), ('convolution', convolution)) if kind}
         shown = {'loader': splits} | ({'stimuli_loader': stimuli} if stimuli else {})
         return {'precision': precision} | kernels | {
@@ -737,7 +744,7 @@ def run_stage(args, task_name: str, splits, device, experience: Experience | Non
     random_seed(args.seed)
     epochs = (args.affect_epochs or args.epochs) if task_name == 'affect' else args.epochs
     model = checked_model(args, task_name, splits, experience, batch_size, epochs, device, resumed=found is not None)
-    chosen = choose(args, model, splits, stimuli, device, out)
+    chosen = choose(args, model, splits, stimuli, epochs, device, out)
     # before the task copies the model
     if chosen.get('attention') == 'plain':
         use_plain_attention(model)

@@ -165,7 +165,7 @@ def test_convolutions_are_compared_where_train_changes_them(args, monkeypatch):
         f'training step, convolutions of small maps: test_resnet, {stem} stem, 32 px, batch 64'
         for stem in ('stock', '3x3')]
     assert sides == [{True}, {None}] * 2  # ours, torch's
-    assert asked == [(args.device, args.precision, 32)] * 2
+    assert asked == [(args.device, args.precision, [32])] * 2
     sides.clear()
     monkeypatch.setattr(bench, 'choose_convolution', lambda *_: 'torch')
     list(bench.convolution(args))
@@ -238,15 +238,16 @@ time.sleep(60)
 """
 
 
-def test_startup_kills_both_scripts_at_their_first_update(args, monkeypatch, tmp_path):
+def test_startup_kills_a_script_at_its_first_update(args, monkeypatch, tmp_path):
     script = tmp_path / 'train.py'
     script.write_text(FIRST_UPDATE)
     monkeypatch.setattr(bench, 'TRAIN', script)
     (tmp_path / 'cifar-10-batches-py').mkdir()
     args.data_dir, args.timm_train, args.rounds = tmp_path, script, 1
-    real, later, first = bench.output, iter([8.0, 2.0, 1.0]), []
+    real, later, first, commands = bench.output, iter([8.0, 2.0, 1.0]), [], []
 
-    def output(command, until):  # the real one once: the others differ from it by their names alone
+    def output(command, until):  # one real process is enough to see it killed
+        commands.append(command)
         if first:
             return [(next(later), 'first update')]
         first.extend(real(command, until=until))
@@ -255,6 +256,10 @@ def test_startup_kills_both_scripts_at_their_first_update(args, monkeypatch, tmp
     monkeypatch.setattr(bench, 'output', output)
     figure, = bench.startup(args)
     assert (figure.pairs, figure.unit) == ([(2.0, 1.0)], 's')  # ours and timm's, without the first round
+    assert [command[-1] for command in commands] == ['0-ours', '0-theirs', '1-ours', '1-theirs']
+    assert all((command[1], command[-2]) == ('-c', '--experiment') for command in commands)
+    assert all('first update' in command[2] for command in commands)
+    assert ['torch/cifar10' in command for command in commands] == [False, True] * 2
     seconds, line = first[-1]
     assert (seconds < 60, line) == (True, 'first update')
     script.write_text('print("the end")')

@@ -193,7 +193,9 @@ def test_a_killed_process_ends_the_other_with_a_message(tmp_path, folder, killed
     assert left.exitcode == 1
     last = runs[1 - killed].end()[1].splitlines()[-1]
     assert last.startswith(f'train.py: process {1 - killed} of 2 lost another one (')
-    then = f' Go on with: torchrun --nproc-per-node 2 train.py --resume {tmp_path / "run"}' if not early else ''
+    device = ' --device cpu' if torch.cuda.is_available() else ''  # which would not be taken by itself
+    then = f' Go on with: torchrun --nproc-per-node 2 train.py --resume {tmp_path / "run"}{device}'
+    then = '' if early else then
     assert last.endswith(f'whose own message says why.{then}')
     assert (tmp_path / 'run').exists() == (not early)  # nothing was trained
     assert 'Traceback' not in runs[1 - killed].text

@@ -210,6 +210,7 @@ def test_pretrained_backbone_comes_from_the_file_that_is_named(name, more, exper
     assert_close(model(images()), plain(images()))
     assert model.pretrained_cfg['mean'] == (0.1, 0.2, 0.3)
     assert not model.pretrained_cfg.get('file')  # it holds the backbone alone
+    assert 'license' not in model.pretrained_cfg  # that of the file is not known
     assert 'pretrained_cfg_overlay' not in get_model_args(model)
     assert len(overlay) == 3
 
@@ -221,6 +222,9 @@ def test_pretrained_backbone_comes_from_the_cache_that_is_named(name, tmp_path, 
         given.append((pretrained, cache_dir)), create_backbone(*args, **kwargs))[1])
     model = timm.create_model(name, pretrained_backbone=True, cache_dir=tmp_path)
     assert given == [(True, tmp_path)]
+    # whose terms are those of the weights that it starts from
+    assert model.pretrained_cfg['license'] == timm.get_pretrained_cfg('resnet18').license
+    assert 'license' not in timm.create_model(name).pretrained_cfg
     assert 'cache_dir' not in get_model_args(model)
 
 

@@ -32,13 +32,13 @@ def results(run: Path) -> list:
             for path in sorted(run.glob('*/result.json'))]
 
 
-def kill_at(call: int, module) -> None:
+def kill_at(call: int, module, files: tuple[str, ...] = WATCHED) -> None:
     """Kill the process before that call of a function from one of the watched files; print the number of calls."""
     calls = 0
 
     def profile(frame, event, arg):
         nonlocal calls
-        if event in ('call', 'c_call') and frame.f_code.co_filename.endswith(WATCHED):
+        if event in ('call', 'c_call') and frame.f_code.co_filename.endswith(files):
             calls += 1
             if calls == call:
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -85,6 +85,15 @@ def test_killed_at_random_moments_a_run_resumes_to_the_numbers_of_the_unbroken_o
         assert status == 0, text
         assert results(run) == results(tmp_path / 'unbroken')
     assert resumed
+
+
+@pytest.mark.parametrize('call', [2, 12, 22])
+def test_a_kill_while_the_folder_is_made_leaves_it_whole_or_not_there(tmp_path, folder, call):
+    argv = (*RECIPE, '--task', 'plain', '--dataset', folder, '--output', tmp_path, '--experiment', 'run')
+    own = ('/timm_emoreg/training/run_folder.py', '/timm_emoreg/files.py')
+    status, text = Training(*argv, prepare=partial(kill_at, call, files=own)).end()
+    assert status == -signal.SIGKILL, text
+    assert (tmp_path / 'run/args.json').exists() or not (tmp_path / 'run').exists()
 
 
 def fill_the_disk(module) -> None:

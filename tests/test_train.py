@@ -312,7 +312,7 @@ def test_a_precision_that_is_chosen_anew_needs_no_scaler_in_the_checkpoint(run, 
 @pytest.mark.parametrize(('model', 'name', 'choice', 'has_it'), [
     ('test_vit', 'attention', lambda model, device, precision, img_size: 'plain',
      lambda task: not fused_attentions(task)),
-    ('test_resnet', 'convolution', lambda model, device, precision, img_size: 'columns',
+    ('test_resnet', 'convolution', lambda model, device, precision, img_sizes: 'columns',
      lambda task: all(m.columns for m in task.modules() if isinstance(m, torch.nn.Conv2d)))])
 def test_a_kernel_is_chosen_once_a_stage(run, train, tmp_path, folder, monkeypatch, model, name, choice, has_it, old):
     found, epoch = [], train.train_epoch
@@ -513,7 +513,10 @@ def test_weights_that_cannot_be_fetched_are_named_and_leave_the_name_free(run, t
     ('a.pth', None, "--model-kwargs pretrained_cfg_overlay: there is no file {}. Correct the path."),
     ('a.safetensors', b'version https://git-lfs.github.com/spec/v1', '--pretrained-backbone: the weights of '
      'test_resnet cannot be read ('),
-    ('a.pth', b'', '--pretrained-backbone: the weights of test_resnet cannot be read (')])
+    ('a.pth', b'', '--pretrained-backbone: the weights of test_resnet cannot be read ('),
+    ('a.pth', b'version https://git-lfs.github.com/spec/v1', '--pretrained-backbone: the weights of test_resnet cannot '
+     'be read ('),
+    ('a.pth', b'PK\3\4' + bytes(100), '--pretrained-backbone: the weights of test_resnet cannot be read (')])
 def test_a_file_of_weights_that_is_none_is_named(run, tmp_path, folder, file, content, message):
     path = folder.parent / file
     if content is not None:

@@ -160,16 +160,17 @@ def test_every_schedule_ends_lower_than_it_began(train, parsed, flags, lrs):
 
 
 @pytest.mark.parametrize(('flags', 'asked', 'expected'), [
-    ((), [32], 'columns'), (('--model', 'emoreg_resnet18', '--start-img-size', 16), [16], 'columns'),
+    ((), [[32]], 'columns'),
+    (('--model', 'emoreg_resnet18', '--start-img-size', 16), [[16, 24, 32]], 'columns'),
     (('--torchcompile',), [], None)])
-def test_a_convolution_is_chosen_for_the_smallest_images(train, parsed, monkeypatch, tmp_path, flags, asked, expected):
-    """Of a compiled model none: as it computes torch's own, a record that named another would be wrong."""
+def test_a_convolution_is_chosen_for_all_images(train, parsed, monkeypatch, tmp_path, flags, asked, expected):
+    """The smallest may need no columns where larger ones do. Of a compiled model none, as it computes torch's own."""
     sizes = []
     monkeypatch.setattr(train, 'choose_convolution',
-                        lambda model, device, precision, img_size: sizes.append(img_size) or 'columns')
+                        lambda model, device, precision, img_sizes: sizes.append(img_sizes) or 'columns')
     args = parsed('--loader', 'timm', '--no-amp', *flags)
     args.distributed, args.rank, args.world_size = False, 0, 1
-    chosen = train.choose(args, timm.create_model('test_resnet'), THREE, None, torch.device('cpu'), tmp_path)
+    chosen = train.choose(args, timm.create_model('test_resnet'), THREE, None, 3, torch.device('cpu'), tmp_path)
     assert (chosen.get('convolution'), sizes) == (expected, asked)
 
 

@@ -205,8 +205,10 @@ def test_an_exported_run_brings_its_names_and_size(run, tmp_path):
                 safe_serialization=True)
     assert released_model(f'local-dir:{tmp_path}').affect_names == ('joy', 'fear', 'anger')
     # the backbone's own weights are under a licence, of which nothing is in these
-    assert 'license' in timm.create_model('test_resnet').pretrained_cfg
+    own = timm.create_model('test_resnet').pretrained_cfg['license']
     assert 'license' not in json.loads((tmp_path / 'config.json').read_text())['pretrained_cfg']
+    started = trained_model(change(run, tmp_path, pretrained_backbone=True), str(run)).model
+    assert started.pretrained_cfg['license'] == own
 
 
 @pytest.mark.parametrize(('name', 'message'), [

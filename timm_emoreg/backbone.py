@@ -18,14 +18,16 @@ from torch import Tensor, nn
 from .eight_bit import from_eight_bits
 from .small_image import DEFAULT_SIZE, small_image_args, small_image_stem, whole_image_cfg
 
-__all__ = ['Classifier', 'backbone_cfg', 'check_backbone', 'check_backbone_name', 'checkpoint_filter_fn',
-           'create_backbone', 'pooling', 'prefixed', 'put_classifier', 'remove_classifier', 'resized_state',
-           'shrunk_state', 'small_image_cfg', 'without_weights']
+__all__ = ['SOURCES', 'Classifier', 'backbone_cfg', 'check_backbone', 'check_backbone_name', 'checkpoint_filter_fn',
+           'create_backbone', 'own_terms', 'pooling', 'prefixed', 'put_classifier', 'remove_classifier',
+           'resized_state', 'shrunk_state', 'small_image_cfg', 'without_weights']
 
 # Families that apply their dropout after pre_logits, by a function call or a module beside the classifier. Where it is
 # part of the classifier (LeViT ...) it is found there, and everywhere else it is applied within pre_logits.
 LATE_DROPOUT = ('LCNetV2', 'MultiScaleVit')
-# The cfg entries that tell where weights come from and what they were trained for, not how to feed the model.
+SOURCES = ('file', 'url', 'state_dict', 'hf_hub_id', 'hf_hub_filename')  # of weights, in a pretrained cfg of timm
+# The cfg entries that tell where weights come from, what they were trained for and their terms, not how to feed the
+# model.
 WEIGHT_CFG_KEYS = ('url', 'file', 'hf_hub_id', 'hf_hub_filename', 'source', 'architecture', 'tag', 'custom_load',
                   'label_offset', 'label_names', 'label_descriptions', 'description', 'origin_url', 'paper_name',
                   'paper_ids', 'notes', 'license')
@@ -223,6 +225,15 @@ def remove_classifier(backbone: nn.Module) -> Classifier:
 def without_weights(cfg: dict[str, Any]) -> dict[str, Any]:
     """What a pretrained cfg says of the architecture and its input, and nothing of the weights that it came with."""
     return {k: v for k, v in cfg.items() if k == 'architecture' or k not in WEIGHT_CFG_KEYS}
+
+
+def own_terms(backbone: str, overlay: Mapping[str, Any] | None = None) -> dict[str, str]:
+    """The licence of a backbone's own timm weights, as an entry of the cfg of a model that starts from them.
+
+    It is empty where timm states none, or where `overlay`, timm's ``pretrained_cfg_overlay``, names other weights.
+    """
+    licence = resolve_model_input_args(backbone)['pretrained_cfg'].get('license')
+    return {'license': licence} if licence and not any((overlay or {}).get(key) for key in SOURCES) else {}
 
 
 def backbone_cfg(backbone: str | nn.Module, **overrides: Any) -> dict[str, Any]:

@@ -294,7 +294,7 @@ def convolution(args: argparse.Namespace) -> Iterator[Measurement]:
     for backbone, small in (*((name, False) for name in STOCK_NETS), (STOCK_NETS[0], True)):
         ours, usual = (build(False, backbone, 32, small) for _ in range(2))
         suit_small_maps(ours)
-        if choose_convolution(ours, args.device, args.precision, 32) == 'columns':
+        if choose_convolution(ours, args.device, args.precision, [32]) == 'columns':
             use_columns(ours)
         calls = [training(model, 32, 64, args) for model in (ours, usual)]
         stem = '3x3' if small else 'stock'

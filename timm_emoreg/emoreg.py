@@ -22,11 +22,13 @@ from torch import Tensor, nn
 
 from . import zoo
 from .backbone import (
+    SOURCES,
     backbone_cfg,
     check_backbone,
     check_backbone_name,
     checkpoint_filter_fn,
     create_backbone,
+    own_terms,
     pooling,
     prefixed,
     remove_classifier,
@@ -38,9 +40,8 @@ from .eight_bit import SCALE
 from .regulation import AffectiveState, Balance, Modulation, Responses, check_regulation, regulate
 from .small_image import DEFAULT_SIZE
 
-__all__ = ['SOURCES', 'EmoReg', 'create_emoreg']
+__all__ = ['EmoReg', 'create_emoreg']
 
-SOURCES = ('file', 'url', 'state_dict', 'hf_hub_id', 'hf_hub_filename')  # of weights, in a pretrained cfg of timm
 
 
 def _need_pooling(pooled: bool) -> None:
@@ -178,6 +179,8 @@ class EmoReg(nn.Module):
         """Give a model that is built without timm's factory what timm's transforms and exports ask of it."""
         name = backbone if isinstance(backbone, str) else getattr(backbone, 'pretrained_cfg', {}).get('architecture')
         self.pretrained_cfg = self.default_cfg = backbone_cfg(self.backbone, **small_image_cfg(**building))
+        if building.get('pretrained'):
+            self.pretrained_cfg |= own_terms(name, building.get('pretrained_cfg_overlay'))
         if name is not None:  # a module that is none of timm's cannot be built again by its name
             self.pretrained_cfg['architecture'] = 'emoreg'
             args = building if isinstance(backbone, str) else get_model_args(backbone)
@@ -610,6 +613,8 @@ def create_emoreg(variant: str, backbone: str, pretrained: bool = False, **kwarg
         backbone=backbone,
         **kwargs,
     )
+    if kwargs.get('pretrained_backbone'):
+        model.pretrained_cfg |= own_terms(backbone, overlay)
     model._model_args = {}  # timm's factory records the arguments of its call, and a registered name has its backbone
     return model
 

@@ -16,8 +16,8 @@ from timm.models._input import update_model_args
 from torch import nn
 
 from . import zoo
-from .backbone import backbone_cfg, small_image_cfg
-from .emoreg import SOURCES, EmoReg, create_emoreg
+from .backbone import SOURCES, backbone_cfg, small_image_cfg
+from .emoreg import EmoReg, create_emoreg
 from .weights import NewHeadsWarning, WeightError, WeightMismatch, WeightNotFound, find_file, layout_of
 from .zoo import Weight
 

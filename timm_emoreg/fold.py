@@ -15,7 +15,7 @@ __all__ = ['FoldError', 'fold']
 # what a pretrained cfg says of the images that a model was made for, and of its answers
 IMAGE_CFG_KEYS = ('input_size', 'pool_size', 'fixed_input_size', 'crop_pct', 'crop_mode', 'test_input_size',
                  'test_crop_pct', 'interpolation', 'mean', 'std', 'label_names', 'label_descriptions')
-# and the terms of the weights that it was built from, which hold for what they are folded into
+# and the terms of what it was built from, which hold for what it is folded into
 KEPT_CFG_KEYS = (*IMAGE_CFG_KEYS, 'license')
 
 

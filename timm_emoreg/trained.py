@@ -14,7 +14,7 @@ from timm.data import resolve_model_data_config
 from torch import nn
 
 from . import BACKBONES, EmoReg, zoo
-from .backbone import create_backbone, without_weights
+from .backbone import create_backbone, own_terms, without_weights
 from .data import DataError, Target
 from .data.choices import unknown_choice
 from .small_image import whole_image_cfg
@@ -265,6 +265,8 @@ def _loaded(where: str | Path, path: Path, args: dict[str, Any], state: dict[str
     model.pretrained_cfg = model.default_cfg = {
         **without_weights(model.pretrained_cfg), **whole_image_cfg((3, args['img_size'], args['img_size'])),
         'num_classes': model.num_classes, 'label_names': labels or None}
+    if args.get('pretrained_backbone'):
+        model.pretrained_cfg |= own_terms(args['backbone'], args['model_kwargs'].get('pretrained_cfg_overlay'))
     stage_2 = isinstance(model, EmoReg) and model.num_classes > 0
     experience = _stage_1_of(path, args) if stage_2 else 'none'
     return Trained(str(where), model.eval(), (args['img_size'],) * 2, affect_names, labels, args['data_dir'],

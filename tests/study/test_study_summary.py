@@ -69,6 +69,15 @@ def test_a_folder_of_several_models_is_told_apart_by_a_column(csv):
         read_summary(csv)
     csv.write_text(f'{HEADER.strip()},model\n{row},test_vit\n{row},resnet10t\n')
     assert [line.setting.model for line in read_summary(csv)] == ['test_vit', 'resnet10t']
+    csv.write_text(f'{HEADER.strip()},model\n{row},resnet18\n')
+    with pytest.raises(StudyError, match=r'regulated runs of resnet18 on emoji.* 0 such settings\. Correct the row'):
+        read_summary(csv)
+    # two sets of one's own with the same last name are no two models
+    one, two = first.replace(',cifar10,', ',a/things,'), others.replace(',cifar10,', ',b/things,')
+    results.write_text(one + two.replace('test_vit', 'resnet10t').replace('_1000_', '_vit_1000_'))
+    csv.write_text(f'{HEADER}x,b,emoji,things,1000,0\n')
+    with pytest.raises(StudyError, match=r'holds 2 such settings\. Correct the row'):
+        read_summary(csv)
 
 
 def test_what_has_not_the_pairs_of_all_seeds_is_marked(csv, figures):

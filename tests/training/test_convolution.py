@@ -127,7 +127,7 @@ def test_the_convolution_of_torch_stays_without_a_probe(monkeypatch, device, pre
     monkeypatch.setattr(convolution, 'fastest', lambda ways: pytest.fail('probed'))
     model = nn.Sequential(nn.Conv2d(3, outputs, 3, padding=1), nn.Conv2d(outputs, 256, 1))
     suit_small_maps(model)
-    assert choose_convolution(model, torch.device(device), precision, side) is None
+    assert choose_convolution(model, torch.device(device), precision, [side]) is None
 
 
 def test_the_maps_of_a_model_depend_on_its_images(monkeypatch):
@@ -136,8 +136,8 @@ def test_the_maps_of_a_model_depend_on_its_images(monkeypatch):
     model = timm.create_model('resnet18')
     suit_small_maps(model)
     before, rng = copy.deepcopy(model.state_dict()), torch.get_rng_state()
-    found = {size: choose_convolution(model, CPU, 'bfloat16', size) for size in (32, 128, 224)}
-    assert found == {32: 'columns', 128: 'columns', 224: None}
+    found = {sizes: choose_convolution(model, CPU, 'bfloat16', sizes) for sizes in ((16,), (16, 32), (128,), (224,))}
+    assert found == {(16,): None, (16, 32): 'columns', (128,): 'columns', (224,): None}  # of 16 px all are matrices
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
     assert torch.equal(torch.get_rng_state(), rng)
     assert not any(module._forward_pre_hooks for module in model.modules())
@@ -159,7 +159,7 @@ def test_the_probe_trains_both_ways_on_the_same_input(monkeypatch, winner):
     model = nn.Conv2d(3, 256, 3, padding=1)
     suit_small_maps(model)
     before = torch.get_rng_state()
-    assert choose_convolution(model, CPU, 'bfloat16', 4) == winner
+    assert choose_convolution(model, CPU, 'bfloat16', [4]) == winner
     assert torch.equal(torch.get_rng_state(), before)  # no random numbers are drawn from the stream of the caller
     of_maps, of_weight = taken['columns']
     assert (of_maps.dtype, of_weight.dtype) == (torch.bfloat16, torch.float32)

@@ -65,9 +65,12 @@ def read_summary(path: Path) -> list[Line]:
             name in (full, short_name(full)) for name, full in zip(where, setting[1:4], strict=True))]
         if len(found) != 1:
             known = '; '.join(f'{setting.model}, {", ".join(setting[1:4])}' for setting in there) or 'none'
-            remedy = 'Tell them apart by a column model' if len(found) > 1 else 'Correct the row'
-            raise StudyError(f'{path}: {row["setting"]} asks {folder} for {ARM} runs on {", ".join(where)} training '
-                             f'images, and that holds {len(found)} such settings. {remedy}. It holds: {known}.')
+            by_model = len({setting.model for setting in found}) == len(found) > 1
+            remedy = 'Tell them apart by a column model' if by_model else 'Correct the row'
+            asked = f' of {row["model"]}' if row.get('model') else ''
+            raise StudyError(f'{path}: {row["setting"]} asks {folder} for {ARM} runs{asked} on {", ".join(where)} '
+                             f'training images, and that holds {len(found)} such settings. {remedy}. It holds: '
+                             f'{known}.')
         if missing := sorted(set(seeds) - found[0].arms[ARM].keys()):
             raise StudyError(f'{path}: {row["setting"]} asks for seeds {row["seeds"]}, and {folder} has no finished '
                              f'{ARM} run of {", ".join(map(str, missing))}. Name those that it has, or run the others.')

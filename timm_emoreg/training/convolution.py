@@ -1,6 +1,7 @@
 """Convolutions of small maps in training on a CPU: other ways to the same numbers, of less work or in less time."""
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import lru_cache, partial
 from itertools import product
 from math import prod
@@ -215,7 +216,8 @@ def _has_few_places(model: nn.Module, device: torch.device, img_size: int) -> bo
     return any(found)
 
 
-def choose_convolution(model: nn.Module, device: torch.device, precision: str, img_size: int) -> str | None:
+def choose_convolution(model: nn.Module, device: torch.device, precision: str,
+                       img_sizes: Iterable[int]) -> str | None:
     """``'columns'`` where wide convolutions of small maps train faster so than by torch, by a short probe.
 
     In 16 bits the backward pass of torch's convolution on CPUs can take several times as long as the same numbers of
@@ -226,13 +228,14 @@ def choose_convolution(model: nn.Module, device: torch.device, precision: str, i
         model: A model after `suit_small_maps`, on `device`; it is in evaluation mode afterwards if it was looked at.
         device: Where it runs; only a CPU is probed.
         precision: What `choose_precision` gave; in float32 torch's way stays.
-        img_size: Side of the smallest images that it is trained on.
+        img_sizes: Sides of the images that it is trained on.
 
     Returns:
         ``'columns'`` or ``'torch'``; None, without a probe, on other devices, in float32, and for a model that has no
         convolution of 256 outputs or more on such small maps.
     """
-    if device.type != 'cpu' or precision == 'float32' or not _has_few_places(model, device, img_size):
+    if device.type != 'cpu' or precision == 'float32' or not any(
+            _has_few_places(model, device, size) for size in img_sizes):
         return None
     # the narrowest convolution and its largest map; ones, because random numbers would be drawn from the stream of the
     # caller

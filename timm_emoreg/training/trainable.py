@@ -8,17 +8,24 @@ from safetensors import SafetensorError
 from torch import nn
 
 __all__ = ['BUILD_ERRORS', 'DAMAGED_WEIGHTS', 'DEVICE_ERRORS', 'ModelError', 'brief', 'check_takes', 'check_takes_one',
-           'lacks_memory', 'reason_of']
+           'is_damaged', 'lacks_memory', 'reason_of']
 
 
 # what timm's families raise for arguments and image sizes that they do not take
 BUILD_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
-# what readers of weights raise for a file that is cut off, beside a RuntimeError
+# what readers of weights raise for a file that is cut off or empty, beside a RuntimeError
 DAMAGED_WEIGHTS = (EOFError, SafetensorError)
 
 # what is no fault of the settings that are tried; both are RuntimeErrors
 DEVICE_ERRORS = (torch.AcceleratorError, torch.OutOfMemoryError)
+
+
+def is_damaged(error: Exception) -> bool:
+    """Whether a file of weights could not be read; of its own format torch, and timm for it, say so in a
+    RuntimeError."""
+    told = 'PytorchStreamReader' in str(error) or 'weights_only=True blocked' in str(error)
+    return isinstance(error, DAMAGED_WEIGHTS) or told
 
 
 def lacks_memory(error: Exception) -> bool:
