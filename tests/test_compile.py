@@ -10,11 +10,12 @@ from training_process import Training, colours
 
 def report_graphs(module):
     """Demand the whole graph, and print with each epoch how many graphs were compiled so far."""
-    compile_, graphs = torch.compile, []
+    aot_eager, compile_ = torch._dynamo.lookup_backend('aot_eager'), torch.compile
+    graphs = []
 
     def backend(graph, inputs):
         graphs.append(graph)
-        return graph.forward
+        return aot_eager(graph, inputs)
 
     def whole_graph(model, **kwargs):
         print('asked for', kwargs['backend'])
